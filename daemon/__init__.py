@@ -1,0 +1,1 @@
+"""Decides: front, scheduler, engine, supervisor, control. Imports `ipc` only, never torch."""

@@ -1,0 +1,1 @@
+"""HTTP dialects: request structs in, events out."""

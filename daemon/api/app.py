@@ -1,0 +1,122 @@
+"""Routes, and what surrounds every request: errors as JSON, a request id, clients that leave."""
+
+import secrets
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ... import __version__
+from .. import logs
+from ..metrics import Metrics
+from .errors import ApiError
+from .http import ClientGone, json_response
+from .openai import OpenAI
+
+log = logs.get("api")
+Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
+MAX_REQUEST_ID = 128
+
+
+class Endpoint:
+    """A bound method as an ASGI application: Starlette would wrap a plain function."""
+
+    def __init__(self, handler: Handler) -> None:
+        self._handler = handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._handler(scope, receive, send)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+
+
+def build(openai: OpenAI, metrics: Metrics, health: Callable[[], tuple[bool, str]]) -> ASGIApp:
+    """The whole HTTP application. `health` says whether a request would be served, and a word."""
+
+    async def livez(request: HTTPRequest) -> Response:
+        return PlainTextResponse("ok\n")
+
+    async def readyz(request: HTTPRequest) -> Response:
+        is_ready, word = health()
+        headers = {} if is_ready else {"retry-after": "5"}
+        return PlainTextResponse(word + "\n", 200 if is_ready else 503, headers)
+
+    async def version(request: HTTPRequest) -> Response:
+        return json_response({"version": __version__})
+
+    async def scrape(request: HTTPRequest) -> Response:
+        body, media_type = metrics.exposition()
+        return Response(body, media_type=media_type)
+
+    post, get = ["POST"], ["GET"]
+    routes = [
+        Route("/livez", livez, methods=get),
+        Route("/readyz", readyz, methods=get),
+        Route("/health", readyz, methods=get),
+        Route("/version", version, methods=get),
+        Route("/metrics", scrape, methods=get),
+        Route("/v1/models", Endpoint(openai.models), methods=get),
+        Route("/v1/models/{name:path}", Endpoint(openai.model), methods=get),
+        Route("/v1/completions", Endpoint(openai.completions), methods=post),
+        Route("/v1/chat/completions", Endpoint(openai.chat), methods=post),
+        Route("/tokenize", Endpoint(openai.tokenize), methods=post),
+        Route("/detokenize", Endpoint(openai.detokenize), methods=post),
+    ]
+    handlers: Mapping[Any, Any] = {HTTPException: _http_error}
+    return Surroundings(Starlette(routes=routes, exception_handlers=handlers))
+
+
+async def _http_error(request: HTTPRequest, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    messages = {
+        404: f"there is no route {request.url.path}",
+        405: f"{request.method} is not allowed on {request.url.path}",
+    }
+    message = messages.get(error.status_code, str(error.detail))
+    headers = dict(error.headers or {})
+    return ApiError(error.status_code, message, headers=headers).response()
+
+
+class Surroundings:
+    """The outermost application: gives each answer its `x-request-id`, ends what a client left, and
+    turns a fault of ours into a 500 that shows nothing of it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        request_id = _request_id(scope)
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except ClientGone:
+            log.debug("client gone", path=scope["path"])
+        except Exception:
+            log.exception("request failed", path=scope["path"], request_id=request_id.decode())
+            if started:
+                raise
+            error = ApiError(500, "the daemon failed to answer; its log has the reason")
+            await error.response()(scope, receive, send_with_id)
+
+
+def _request_id(scope: Scope) -> bytes:
+    given: bytes = next((v for k, v in scope["headers"] if k == b"x-request-id"), b"")
+    if 0 < len(given) <= MAX_REQUEST_ID and given.isascii() and given.decode().isprintable():
+        return given
+    return secrets.token_hex(12).encode()

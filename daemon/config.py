@@ -1,0 +1,219 @@
+"""`Config`: what the operator wants. From a TOML file, then flags over it; frozen afterwards.
+
+Each component takes its own section. This is the only file that reads the environment.
+"""
+
+import os
+import re
+import tempfile
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+Positive = Annotated[int, Meta(ge=1)]
+NotNegative = Annotated[int, Meta(ge=0)]
+Fraction = Annotated[float, Meta(gt=0.0, le=1.0)]
+Seconds = Annotated[float, Meta(gt=0.0)]
+MAX_SOCKET_PATH = 107
+"""Bytes of a Unix socket path on Linux."""
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; one sentence that names file, line or field."""
+
+
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Unknown keys are refused."""
+
+
+class ServerConfig(_Section, frozen=True):
+    """Where and as what the daemon serves."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535)] = 8000
+    """0: any free port; the log names it."""
+    uds: str = ""
+    """Unix socket of the same HTTP API; empty: api.sock in `runtime_dir`."""
+    runtime_dir: str = ""
+    """Directory of the sockets; empty: systemd's, else a directory of this user's."""
+    served_model_name: tuple[str, ...] = ()
+    """Names that requests may use; empty: the directory's name."""
+    max_queued_requests: Positive = 1024
+    """Sequences that may wait; more are refused with 429."""
+    drain_timeout_s: Seconds = 300.0
+
+
+class ModelSection(_Section, frozen=True):
+    """Which checkpoint, and how it is computed."""
+
+    model_dir: str = ""
+    """Empty: the model that comes with dsd."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    act_quant: Literal["auto", "none", "fp8"] = "auto"
+    """Whether activations are quantised 1x128 before fp8 weights; auto: on a GPU."""
+    max_seq_len: NotNegative = 0
+    """0: the checkpoint's max_position_embeddings."""
+
+
+class EngineConfig(_Section, frozen=True):
+    """Batching and memory. 0 means: chosen for the machine, and logged."""
+
+    max_batch_size: NotNegative = 0
+    max_num_tokens: NotNegative = 0
+    block_size: Literal[16, 32, 64, 128] = 64
+    kv_cache_gb: Annotated[float, Meta(ge=0.0)] = 0.0
+    kv_cache_free_gpu_memory_fraction: Fraction = 0.9
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    enable_overlap_scheduler: bool = True
+    """Plan step n + 1 before the result of step n is known."""
+    use_cuda_graph: bool = True
+    cuda_graph_padding_enabled: bool = True
+    cuda_graph_batch_sizes: tuple[Positive, ...] = ()
+    print_iter_log: bool = False
+
+
+class ParallelConfig(_Section, frozen=True):
+    """How the model is spread over GPUs."""
+
+    tp_size: Positive = 1
+    ep_size: Positive = 1
+    pp_size: Positive = 1
+    enable_attention_dp: bool = False
+
+
+class LogConfig(_Section, frozen=True):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "json", "console"] = "auto"
+    """auto: console on a terminal, else JSON lines."""
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Everything, by section. Sections and keys are those of the TOML file."""
+
+    server: ServerConfig = ServerConfig()
+    model: ModelSection = ModelSection()
+    engine: EngineConfig = EngineConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    log: LogConfig = LogConfig()
+
+
+RELOADABLE = {
+    ("server", "served_model_name"),
+    ("server", "max_queued_requests"),
+    ("server", "drain_timeout_s"),
+    ("engine", "print_iter_log"),
+    ("log", "level"),
+}
+"""What `dsctl reload` changes in place."""
+
+Overrides = dict[str, dict[str, Any]]
+"""section -> key -> value, as flags give them."""
+
+
+def load(path: Path | None, overrides: Overrides) -> Config:
+    """The file (if any) with the overrides over it. Raises ConfigError."""
+    fields: dict[str, Any] = {} if path is None else _read_toml(path)
+    for section, values in overrides.items():
+        table = fields.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"{path}: {section} is a value; it must be a table")
+        table.update(values)
+    try:
+        config = msgspec.convert(fields, Config)
+    except msgspec.ValidationError as error:
+        raise ConfigError(_locate(path, str(error))) from error
+    _check(config)
+    return config
+
+
+def changes(old: Config, new: Config) -> list[tuple[str, str]]:
+    """(section, key) of everything that differs."""
+    return [
+        (section, key)
+        for section in Config.__struct_fields__
+        for key in getattr(old, section).__struct_fields__
+        if getattr(getattr(old, section), key) != getattr(getattr(new, section), key)
+    ]
+
+
+def _check(config: Config) -> None:
+    parallel = config.parallel
+    sizes = {"tp_size": parallel.tp_size, "ep_size": parallel.ep_size, "pp_size": parallel.pp_size}
+    for name, size in sizes.items():
+        if size != 1:
+            raise ConfigError(f"{name} is {size}; this version runs on one rank")
+    if parallel.enable_attention_dp:
+        raise ConfigError("enable_attention_dp is true; this version runs on one rank")
+    if config.engine.kv_cache_dtype == "fp8":
+        raise ConfigError("kv_cache_dtype is fp8; this version keeps the KV cache unquantised")
+    batch, tokens = config.engine.max_batch_size, config.engine.max_num_tokens
+    if batch and tokens and tokens < batch:
+        raise ConfigError(f"max_num_tokens {tokens} is less than max_batch_size {batch}")
+    for path in (api_socket(config.server), control_socket(config.server)):
+        if len(os.fsencode(path)) > MAX_SOCKET_PATH:
+            raise ConfigError(
+                f"the socket path {path} has {len(os.fsencode(path))} bytes; "
+                f"Linux allows {MAX_SOCKET_PATH}"
+            )
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _locate(path: Path | None, message: str) -> str:
+    """Adds file and line to msgspec's message, which names a field in one of two ways."""
+    if path is None:
+        return message
+    names = re.findall(r"`\$\.(?:\w+\.)*(\w+)`|unknown field `(\w+)`", message)
+    wanted = [name for pair in names for name in pair if name]
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if any(re.match(rf"\s*\[?{re.escape(name)}\b", line) for name in wanted):
+            return f"{path}, line {number}: {message}"
+    return f"{path}: {message}"
+
+
+# ---- the environment ----------------------------------------------------------------------------
+
+
+def runtime_dir(server: ServerConfig) -> Path:
+    """Where the sockets are: the configured directory, systemd's, or one of this user's."""
+    if server.runtime_dir:
+        return Path(server.runtime_dir)
+    if under_systemd := os.environ.get("RUNTIME_DIRECTORY"):
+        return Path(under_systemd.split(":")[0])
+    if session := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(session) / "dsd"
+    return Path(tempfile.gettempdir()) / f"dsd-{os.geteuid()}"
+
+
+def api_socket(server: ServerConfig) -> Path:
+    return Path(server.uds) if server.uds else runtime_dir(server) / "api.sock"
+
+
+def control_socket(server: ServerConfig) -> Path:
+    return runtime_dir(server) / "control.sock"
+
+
+def cache_dir() -> Path:
+    """Where generated files that can be made again are kept."""
+    for name in ("CACHE_DIRECTORY", "XDG_CACHE_HOME"):
+        if value := os.environ.get(name):
+            return Path(value.split(":")[0]) / ("" if name == "CACHE_DIRECTORY" else "dsd")
+    return Path.home() / ".cache" / "dsd"
+
+
+def notify_socket() -> str | None:
+    """systemd's, if it waits for this process."""
+    return os.environ.get("NOTIFY_SOCKET")

@@ -1,0 +1,337 @@
+"""The node: start, run, drain, stop. One TaskGroup owns every task of the daemon.
+
+bind sockets -> engine, supervisor, control, HTTP run -> signal -> drain -> stop
+`- /livez answers from here on        `- /readyz when the worker and the tokenizer are there
+"""
+
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import uvicorn
+
+from ..ipc.messages import Load, Progress
+from . import config as configuration
+from . import listen, logs, status
+from .api import app
+from .api.openai import OpenAI
+from .config import Config, Overrides
+from .control import CommandFailed, Control
+from .engine import Engine, EngineState
+from .metrics import Metrics
+from .model_info import ModelInfo
+from .notify import Notifier
+from .supervisor import WORKER_COMMAND, Supervisor, prepare_runtime_dir
+from .template import TemplateRenderer
+
+log = logs.get("node")
+
+MAX_HEAD_BYTES = 32 * 1024
+KEEP_ALIVE_S = 75
+SHUTDOWN_TIMEOUT_S = 5
+SWITCH_INTERVAL_S = 0.0005
+"""A busy Python thread otherwise holds the loop up for 5 ms at a time."""
+
+
+class Server(uvicorn.Server):
+    """uvicorn without its signal handlers: the node owns signals."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Any:
+        yield
+
+
+class Node:
+    """One daemon, from its sockets to its exit."""
+
+    def __init__(
+        self,
+        config: Config,
+        config_path: Path | None = None,
+        overrides: Overrides | None = None,
+        worker_command: Sequence[str] = WORKER_COMMAND,
+    ) -> None:
+        self.config = config
+        self.started_at = time.time()
+        self._config_path = config_path
+        self._overrides = overrides or {}
+        self.info = ModelInfo(Path(config.model.model_dir), config.server.served_model_name)
+        self.progress: Progress | None = None
+        self._notifier = Notifier(configuration.notify_socket())
+        self._renderer: TemplateRenderer | None = None
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._is_up = asyncio.Event()
+        self._runtime_dir = configuration.runtime_dir(config.server)
+        self.port = config.server.port
+        """The one that is listened on; known when `run` has bound it."""
+        self.supervisor = Supervisor(
+            self._load_message, self._runtime_dir, self._on_progress, worker_command
+        )
+        self.engine = Engine(config.engine, config.server.max_queued_requests, self.supervisor.send)
+
+    # ---- life ----
+
+    async def run(self) -> None:
+        """Everything, until a signal ends it. Raises ListenError, TokenizerError, TemplateError,
+        WorkerFailed."""
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        listeners, control = self._listen()
+        try:
+            self._catch_signals()
+            server = self._server()
+            async with asyncio.TaskGroup() as group:
+                serving = group.create_task(server.serve(sockets=listeners))
+                tasks = [
+                    group.create_task(self.engine.run()),
+                    group.create_task(self.supervisor.run(self.engine)),
+                    group.create_task(Control(control, self._commands()).run()),
+                    group.create_task(self._bring_up()),
+                ]
+                await self._stop.wait()
+                await self._drain()
+                server.should_exit = True
+                await serving
+                for task in tasks:
+                    task.cancel()
+        finally:
+            await self._close()
+
+    @contextlib.asynccontextmanager
+    async def model_only(self) -> AsyncIterator[None]:
+        """Engine and worker without sockets, for as long as the block runs."""
+        prepare_runtime_dir(self._runtime_dir)
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self.engine.run()),
+                    group.create_task(self.supervisor.run(self.engine)),
+                ]
+                await asyncio.to_thread(self.info.read)
+                await self.engine.wait_ready()
+                yield
+                for task in tasks:
+                    task.cancel()
+        finally:
+            self.info.close()
+
+    def stop(self) -> None:
+        """Drain and end, as SIGTERM does."""
+        self._stop.set()
+
+    async def wait_ready(self) -> None:
+        """Until a request would be served."""
+        await self._is_up.wait()
+
+    async def _close(self) -> None:
+        if self._renderer is not None:
+            await self._renderer.stop()
+        self.info.close()
+        self._notifier.close()
+        for path in (
+            configuration.api_socket(self.config.server),
+            configuration.control_socket(self.config.server),
+        ):
+            path.unlink(missing_ok=True)
+
+    async def _drain(self) -> None:
+        """Until the last request ends, the deadline passes, or a second signal comes."""
+        timeout_s = self.config.server.drain_timeout_s
+        self.engine.start_drain()
+        self._notifier.stopping("draining")
+        stats = self.engine.stats()
+        live = 0 if stats is None else stats.num_running + stats.num_waiting
+        log.info("draining", live_requests=live, timeout_s=timeout_s)
+        idle = asyncio.ensure_future(self.engine.wait_idle())
+        hurry = asyncio.ensure_future(self._hurry.wait())
+        try:
+            await asyncio.wait(
+                {idle, hurry}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            if not idle.done():
+                self.engine.abort_all("the daemon is stopping")
+                await asyncio.wait({idle}, timeout=SHUTDOWN_TIMEOUT_S)
+        finally:
+            for task in (idle, hurry):
+                task.cancel()
+            await asyncio.gather(idle, hurry, return_exceptions=True)
+
+    def _listen(self) -> tuple[list[socket.socket], socket.socket]:
+        server = self.config.server
+        try:
+            prepare_runtime_dir(self._runtime_dir)
+        except OSError as error:
+            raise listen.ListenError(
+                f"the runtime directory {self._runtime_dir} cannot be used: {error.strerror}"
+            ) from error
+        control = listen.unix(configuration.control_socket(server), 0o600)
+        api = listen.unix(configuration.api_socket(server), 0o660)
+        tcp = listen.tcp(server.host, server.port)
+        self.port = tcp.getsockname()[1]
+        return [tcp, api], control
+
+    def addresses(self) -> list[str]:
+        """Where the HTTP API is."""
+        server = self.config.server
+        return [f"http://{server.host}:{self.port}", f"unix:{configuration.api_socket(server)}"]
+
+    def _catch_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self._stop.is_set():
+            log.warning("second signal: not waiting for requests", signal=number.name)
+            self._hurry.set()
+        self._stop.set()
+
+    def _server(self) -> Server:
+        openai = OpenAI(
+            self.info,
+            self.engine,
+            lambda: self._renderer,
+            metrics := Metrics(self.engine, lambda: self.supervisor.rebuilds),
+        )
+        settings = uvicorn.Config(
+            app.build(openai, metrics, self.health),
+            http="h11",
+            ws="none",
+            lifespan="off",
+            loop="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_S,
+        )
+        return Server(settings)
+
+    # ---- the model ----
+
+    async def _bring_up(self) -> None:
+        """The daemon's own part of loading (tokenizer, chat template), then the worker's."""
+        await asyncio.to_thread(self.info.read)
+        tokenizer = self.info.tokenizer
+        if tokenizer is not None and tokenizer.chat_template:
+            renderer = TemplateRenderer(tokenizer.chat_template, tokenizer.special_tokens)
+            await renderer.start()
+            self._renderer = renderer
+        self.info.is_loaded = True
+        await self.engine.wait_ready()
+        self._is_up.set()
+        self._announce()
+
+    def _load_message(self, epoch: int) -> Load:
+        model, engine = self.config.model, self.config.engine
+        return Load(
+            epoch=epoch,
+            model_dir=str(self.info.model_dir),
+            device=model.device,
+            dtype=model.dtype,
+            act_quant=model.act_quant,
+            max_batch_size=engine.max_batch_size,
+            max_num_tokens=engine.max_num_tokens,
+            max_seq_len=model.max_seq_len,
+            block_size=engine.block_size,
+            kv_cache_gb=engine.kv_cache_gb,
+            kv_cache_free_gpu_memory_fraction=engine.kv_cache_free_gpu_memory_fraction,
+        )
+
+    def _on_progress(self, progress: Progress) -> None:
+        if self.progress is None or self.progress.stage != progress.stage:
+            log.info(progress.stage, total_bytes=progress.total)
+        self.progress = progress
+        self._notifier.status(status.describe_progress(progress))
+        # The first progress means that the checkpoint's headers have been checked.
+        self._notifier.ready()
+
+    def _announce(self) -> None:
+        """Says that the daemon serves, where, and what it picked."""
+        ready, server = self.engine.ready, self.config.server
+        assert ready is not None
+        for note in ready.notes:
+            log.info(note)
+        log.info(
+            "ready",
+            model=self.info.name,
+            url=f"http://{server.host}:{self.port}",
+            uds=str(configuration.api_socket(server)),
+            device=ready.device,
+            dtype=ready.dtype,
+            max_batch_size=ready.max_batch_size,
+            max_num_tokens=ready.max_num_tokens,
+            max_seq_len=ready.max_seq_len,
+            kv_cache_tokens=(ready.num_blocks - 1) * ready.block_size,
+            seconds=round(time.time() - self.started_at, 1),
+        )
+        self._notifier.status(f"serving {self.info.name} on {ready.device}")
+
+    def health(self) -> tuple[bool, str]:
+        """Whether a request would be served now, and the state in a word."""
+        state = self.engine.state
+        if state is EngineState.READY and not self.info.is_loaded:
+            return False, EngineState.LOADING.value
+        return state is EngineState.READY, state.value
+
+    # ---- what dsctl asks ----
+
+    def _commands(self) -> dict[str, Any]:
+        return {
+            "status": self._status,
+            "drain": self._start_drain,
+            "resume": self._resume,
+            "reload": self._reload,
+        }
+
+    async def _status(self) -> dict[str, Any]:
+        return status.report(self)
+
+    async def _start_drain(self) -> dict[str, Any]:
+        self.engine.start_drain()
+        log.info("draining", by="dsctl")
+        return status.report(self)
+
+    async def _resume(self) -> dict[str, Any]:
+        if self._stop.is_set():
+            raise CommandFailed("the daemon is stopping; it cannot resume")
+        self.engine.resume()
+        log.info("resumed", by="dsctl")
+        return status.report(self)
+
+    async def _reload(self) -> dict[str, Any]:
+        """Reads the file again. What cannot change in place is named and stays as it was; a file
+        that cannot be used changes nothing."""
+        try:
+            new = configuration.load(self._config_path, self._overrides)
+        except configuration.ConfigError as error:
+            raise CommandFailed(f"nothing was changed: {error}") from error
+        differing = configuration.changes(self.config, new)
+        applied = [key for key in differing if key in configuration.RELOADABLE]
+        refused = [key for key in differing if key not in configuration.RELOADABLE]
+        for section, key in applied:
+            table = msgspec.structs.replace(
+                getattr(self.config, section), **{key: getattr(getattr(new, section), key)}
+            )
+            self.config = msgspec.structs.replace(self.config, **{section: table})
+        self._apply()
+        result = {
+            "applied": [f"{section}.{key}" for section, key in applied],
+            "refused": [f"{section}.{key}" for section, key in refused],
+        }
+        log.info("reloaded", **result)
+        return result
+
+    def _apply(self) -> None:
+        self.info.rename(self.config.server.served_model_name)
+        self.engine.max_queued_requests = self.config.server.max_queued_requests
+        self.engine.print_iter_log = self.config.engine.print_iter_log
+        logs.configure(self.config.log)

@@ -1,0 +1,137 @@
+"""Command-line flags of `dsd`: our names, the guide's, and where each one goes in `Config`.
+
+Dashes and underscores are the same (`normalise`), and so are the long and the short form of a flag.
+A flag that is not given leaves the file's value alone.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import click
+import yaml
+
+from .config import ConfigError, Overrides
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Flag(NamedTuple):
+    names: tuple[str, ...]
+    section: str
+    key: str
+    kind: Any
+    help: str
+
+
+FLAGS = (
+    Flag(("--host",), "server", "host", str, "Address to listen on."),
+    Flag(("--port",), "server", "port", int, "TCP port; 0 takes any free one."),
+    Flag(("--uds",), "server", "uds", str, "Unix socket of the HTTP API."),
+    Flag(("--runtime-dir",), "server", "runtime_dir", str, "Directory of the sockets."),
+    Flag(("--max-queued-requests",), "server", "max_queued_requests", int, "Waiting limit."),
+    Flag(("--drain-timeout-s",), "server", "drain_timeout_s", float, "Longest drain, seconds."),
+    Flag(("--device",), "model", "device", str, "auto, cpu or cuda."),
+    Flag(("--dtype",), "model", "dtype", str, "auto, float32 or bfloat16."),
+    Flag(("--act-quant",), "model", "act_quant", str, "auto, none or fp8 (1x128 activations)."),
+    Flag(("--max-seq-len",), "model", "max_seq_len", int, "Longest prompt and answer together."),
+    Flag(("--max-batch-size",), "engine", "max_batch_size", int, "Sequences that run at once."),
+    Flag(("--max-num-tokens",), "engine", "max_num_tokens", int, "Tokens in one step."),
+    Flag(("--block-size",), "engine", "block_size", int, "Tokens in a KV block."),
+    Flag(("--kv-cache-gb",), "engine", "kv_cache_gb", float, "Size of the KV cache, GB."),
+    Flag(
+        ("--kv-cache-free-gpu-memory-fraction", "--kv-cache-free-gpu-mem-fraction"),
+        "engine",
+        "kv_cache_free_gpu_memory_fraction",
+        float,
+        "Share of the free GPU memory for KV.",
+    ),
+    Flag(("--kv-cache-dtype",), "engine", "kv_cache_dtype", str, "auto or fp8."),
+    Flag(("--tp-size", "--tp"), "parallel", "tp_size", int, "Tensor-parallel ranks."),
+    Flag(("--ep-size", "--ep"), "parallel", "ep_size", int, "Expert-parallel ranks."),
+    Flag(("--pp-size", "--pp"), "parallel", "pp_size", int, "Pipeline stages."),
+    Flag(("--log-level",), "log", "level", str, "debug, info, warning or error."),
+    Flag(("--log-format",), "log", "format", str, "auto, json or console."),
+)
+SWITCHES = (
+    Flag(("--enable-overlap-scheduler",), "engine", "enable_overlap_scheduler", bool,
+         "Plan a step before the last one's result is known (on by default)."),
+    Flag(("--use-cuda-graph",), "engine", "use_cuda_graph", bool, "CUDA graphs for decode."),
+    Flag(("--enable-attention-dp",), "parallel", "enable_attention_dp", bool,
+         "Attention-data parallelism."),
+    Flag(("--print-iter-log",), "engine", "print_iter_log", bool, "Log every step."),
+)  # fmt: skip
+
+YAML_SECTIONS = {
+    "use_cuda_graph": "engine",
+    "cuda_graph_padding_enabled": "engine",
+    "cuda_graph_batch_sizes": "engine",
+    "print_iter_log": "engine",
+    "enable_overlap_scheduler": "engine",
+    "kv_cache_dtype": "engine",
+    "enable_attention_dp": "parallel",
+}
+"""Keys of the guide's `--extra_llm_api_options` file, in `pytorch_backend_config` or beside it."""
+
+
+def normalise(name: str) -> str:
+    """click's token normaliser: `--max_batch_size` is `--max-batch-size`."""
+    return name.replace("_", "-")
+
+
+def engine_options(command: F) -> F:
+    """Adds every flag of `FLAGS` and `SWITCHES`, and the two that are not values of `Config`."""
+    for flag in reversed(FLAGS):
+        command = click.option(*flag.names, flag.key, type=flag.kind, default=None, help=flag.help)(
+            command
+        )
+    for flag in reversed(SWITCHES):
+        name = flag.names[0]
+        command = click.option(f"{name}/--no-{name[2:]}", flag.key, default=None, help=flag.help)(
+            command
+        )
+    command = click.option(
+        "--extra-llm-api-options",
+        type=click.Path(path_type=Path),
+        help="YAML file of further options, as the guide writes it.",
+    )(command)
+    return click.option(
+        "--backend",
+        type=click.Choice(["pytorch"]),
+        default=None,
+        help="Accepted for the guide's sake; there is one backend.",
+    )(command)
+
+
+def overrides(values: dict[str, Any]) -> Overrides:
+    """Flags (over the YAML file's keys) as sections. Raises ConfigError."""
+    result: Overrides = {}
+    yaml_path = values.get("extra_llm_api_options")
+    if yaml_path is not None:
+        result = read_yaml(yaml_path)
+    for flag in (*FLAGS, *SWITCHES):
+        if (value := values.get(flag.key)) is not None:
+            result.setdefault(flag.section, {})[flag.key] = value
+    return result
+
+
+def read_yaml(path: Path) -> Overrides:
+    """The guide's options file. Raises ConfigError for a key that means nothing here."""
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path} holds no keys")
+    inner = fields.pop("pytorch_backend_config", None) or {}
+    if not isinstance(inner, dict):
+        raise ConfigError(f"{path}: pytorch_backend_config holds no keys")
+    result: Overrides = {}
+    for key, value in {**fields, **inner}.items():
+        section = YAML_SECTIONS.get(key)
+        if section is None:
+            raise ConfigError(f"{path}: unknown key {key!r}")
+        result.setdefault(section, {})[key] = value
+    return result

@@ -1,0 +1,443 @@
+"""Who runs next.
+
+Pure: no await, no clock, no randomness, no I/O. The engine calls
+
+    add, abort, finish             as requests come and go
+    schedule() -> Step | None      until it says None
+    update(StepOutput) -> events   strictly in the order of the steps
+
+and up to `pipeline_depth` steps are in flight, so step n+1 is planned before the tokens of step n
+are known:
+
+    schedule   1    2         3         4
+    worker     | 1  |    2    |    3    |
+    update              1         2         3
+
+A request whose end is found in update(1) is therefore still in step 2: its token there is dropped,
+and row and blocks return only in update(2).
+
+    WAITING -> PREFILL -> DECODE -> DRAINING -> FINISHED      (aborts and stops from everywhere)
+       ^----------+---------' preempted
+
+In DECODE, `Request.num_scheduled` and `num_computed` stand still: see `DecodeSet`.
+"""
+
+from collections import deque
+
+import msgspec
+
+from ..ipc.messages import Chunk, Grow, Join, LogprobEntry, Step, StepOutput, unpack_int32
+from .blocks import BlockPool
+from .decode_set import DecodeSet
+from .flight import Flight
+from .invariants import check_scheduler
+from .prefix_cache import PrefixCache
+from .request import FinishReason, Phase, Refused, Request, TokenEvent
+from .waiting import WaitingQueue
+
+
+class SchedulerStats(msgspec.Struct, frozen=True):
+    """A moment's numbers, for metrics and `dsctl status`. Counters count since the start."""
+
+    num_running: int
+    num_waiting: int
+    num_in_flight: int
+    num_blocks: int
+    """Usable ones: free + held + cached."""
+    num_free_blocks: int
+    num_held_blocks: int
+    num_cached_blocks: int
+    num_prompt_tokens: int
+    """Of first admissions; so is the next."""
+    num_cached_tokens: int
+    num_preemptions: int
+
+
+class Scheduler:
+    def __init__(
+        self,
+        max_batch_size: int,
+        max_num_tokens: int,
+        max_seq_len: int,
+        num_blocks: int,
+        block_size: int,
+        pipeline_depth: int = 2,
+        epoch: int = 0,
+        hash_key: bytes = b"",
+        graph_batch_sizes: tuple[int, ...] = (),
+    ) -> None:
+        assert min(max_batch_size, max_num_tokens, max_seq_len, pipeline_depth) >= 1
+        self.max_num_tokens = max_num_tokens
+        self.max_seq_len = max_seq_len
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.pipeline_depth = pipeline_depth
+        # Every decoding row takes a token of every step's budget.
+        self.max_num_rows = min(max_batch_size, max_num_tokens)
+        self._hash_key = hash_key
+        self._padded_sizes = _padded_sizes(self.max_num_rows, graph_batch_sizes)
+        self._num_arrivals = 0
+        self._num_preemptions = 0
+        self._num_prompt_tokens = 0
+        self._num_cached_tokens = 0
+        self._begin(epoch)
+
+    def _begin(self, epoch: int) -> None:
+        """The state that lives as long as the worker's."""
+        self.epoch = epoch
+        self._planned = 0
+        """Seq of the newest step."""
+        self._done = 0
+        """Seq of the newest step whose result is known."""
+        self._in_flight: deque[Flight] = deque()
+        self._pool = BlockPool(self.num_blocks, self.block_size, self._hash_key)
+        self._prefix_cache = PrefixCache(self._pool)
+        self._requests: dict[str, Request] = {}
+        """Every request without its terminal event."""
+        self._waiting = WaitingQueue()
+        self._prefilling: list[Request] = []
+        self._decoding = DecodeSet(self.block_size)
+        self._rows: list[Request | None] = [None] * self.max_num_rows
+        self._free_rows = list(range(self.max_num_rows - 1, -1, -1))
+        self._last_steps = [0] * self.max_num_rows
+        """Seq of the last step that holds the row. Rows in DECODE are in every step."""
+        self._num_scored: dict[str, int] = {}
+        """For those that want prompt log-probabilities: of how many tokens they were delivered."""
+
+    # ---- requests come and go ----
+
+    def add(self, request: Request) -> None:
+        """Queues a request and clamps its `max_tokens`. Raises `Refused` if it can never fit."""
+        num_prompt_tokens = len(request.prompt_ids)
+        capacity = (self.num_blocks - 1) * self.block_size
+        if not num_prompt_tokens:
+            raise Refused("the prompt has no tokens")
+        if num_prompt_tokens >= self.max_seq_len:
+            raise Refused(f"{num_prompt_tokens=} >= max_seq_len={self.max_seq_len}")
+        if num_prompt_tokens + min(request.max_tokens, 1) > capacity:
+            raise Refused(f"{num_prompt_tokens=} do not fit the KV cache of {capacity} tokens")
+        assert request.request_id not in self._requests, f"{request!r} was added before"
+        assert request.phase is Phase.WAITING
+        assert request.max_tokens >= 0
+        room = min(self.max_seq_len, capacity) - num_prompt_tokens
+        request.max_tokens = min(request.max_tokens, room)
+        self._num_arrivals += 1
+        request.arrival = self._num_arrivals
+        self._requests[request.request_id] = request
+        self._waiting.push(request)
+
+    def abort(
+        self, request_id: str, reason: FinishReason = FinishReason.ABORT, message: str = ""
+    ) -> TokenEvent | None:
+        """The client went away. None: the request has ended before."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        self._end(request)
+        return TokenEvent(request, -1, finish=reason, message=message)
+
+    def finish(self, request_id: str) -> TokenEvent | None:
+        """A stop string was found downstream. None: the request has ended before."""
+        return self.abort(request_id, FinishReason.STOP)
+
+    def reset(self, epoch: int, message: str = "the worker was lost") -> list[TokenEvent]:
+        """A new worker holds nothing: every request ends, every block and step is forgotten."""
+        assert epoch > self.epoch, f"{epoch=} <= {self.epoch=}"
+        events = []
+        for request in self._requests.values():
+            request.phase, request.row, request.block_ids = Phase.FINISHED, -1, []
+            events.append(TokenEvent(request, -1, finish=FinishReason.ERROR, message=message))
+        self._begin(epoch)
+        return events
+
+    def _end(self, request: Request) -> None:
+        """No event follows the one that the caller returns."""
+        last_step = self._last_step(request)
+        if request.phase is Phase.WAITING:
+            self._waiting.remove(request)
+        elif request.phase is Phase.PREFILL:
+            self._prefilling.remove(request)
+        self._decoding.remove(request)
+        self._num_scored.pop(request.request_id, None)
+        del self._requests[request.request_id]
+        request.phase = Phase.FINISHED
+        if last_step > self._done:
+            self._in_flight[last_step - self._done - 1].releases.append(request)
+        else:
+            self._release(request)
+
+    def _last_step(self, request: Request) -> int:
+        if request.phase is Phase.DECODE:
+            return self._planned
+        return self._last_steps[request.row] if request.row >= 0 else 0
+
+    def _release(self, request: Request) -> None:
+        """No step in flight holds the request: its row and blocks are free for others."""
+        if request.row >= 0:
+            self._rows[request.row] = None
+            self._free_rows.append(request.row)
+            request.row = -1
+        self._pool.free(request.block_ids)
+        request.block_ids = []
+
+    # ---- planning ----
+
+    def schedule(self) -> Step | None:
+        """The next step, or None: nothing to do, enough in flight, or results must come first."""
+        if len(self._in_flight) >= self.pipeline_depth or not self._requests:
+            return None
+        seq = self._planned + 1
+        grows = self._grow(seq)
+        if grows is None:
+            return None
+        decoding, decodes = self._decoding.snapshot()
+        flight = Flight(seq, decoding)
+        budget = self._continue_prefills(flight, self.max_num_tokens - len(decoding))
+        joins = self._admit(flight, budget)
+        if not decoding and not flight.chunks:
+            return None
+        for request in self._decoding.retire(seq):
+            request.phase = Phase.DRAINING
+            self._last_steps[request.row] = seq
+        self._planned = seq
+        self._in_flight.append(flight)
+        chunks = tuple([chunk for _, chunk in flight.chunks])
+        mode = "decode" if not chunks else "mixed" if decoding else "prefill"
+        padded_size = self._padded_sizes[len(decoding)]
+        return Step(self.epoch, seq, mode, padded_size, tuple(joins), grows, decodes, chunks)
+
+    def _grow(self, seq: int) -> tuple[Grow, ...] | None:
+        """A block for each decoding row that needs one now; None: wait for results."""
+        due = self._decoding.due_growth(seq)
+        while len(due) > self._pool.num_available:
+            victim = self._victim(due)
+            if victim is None:
+                return None
+            self._preempt(victim)
+            due = self._decoding.due_growth(seq)
+        return self._decoding.grow(seq, self._pool) if due else ()
+
+    def _victim(self, due: dict[int, None]) -> Request | None:
+        """The last in line of those that could give or want a block; None while it has a result
+        outstanding. It may be the one that wants: nobody yields to a newer one."""
+        concerned = [
+            request
+            for request in (*self._prefilling, *self._decoding.snapshot()[0])
+            if request.row in due or self._last_step(request) <= self._done
+        ]
+        victim = max(concerned, key=_place_in_line)
+        return None if self._last_step(victim) > self._done else victim
+
+    def _preempt(self, request: Request) -> None:
+        """Back into the queue, to be computed anew from what the cache still holds then."""
+        if request.phase is Phase.PREFILL:
+            self._prefilling.remove(request)
+        self._decoding.remove(request)
+        self._release(request)
+        request.phase = Phase.WAITING
+        request.num_scheduled = request.num_computed = 0
+        request.num_preemptions += 1
+        self._num_preemptions += 1
+        self._waiting.push(request)
+
+    def _continue_prefills(self, flight: Flight, budget: int) -> int:
+        for request in tuple(self._prefilling):
+            if not budget:
+                break
+            budget -= self._plan_chunk(flight, request, budget)
+        return budget
+
+    def _plan_chunk(self, flight: Flight, request: Request, budget: int) -> int:
+        """The next slice of the request's tokens; returns its length."""
+        start = request.num_scheduled
+        num_tokens = len(request.prompt_ids) + len(request.output_ids)
+        length = min(budget, num_tokens - start)
+        is_last = start + length == num_tokens
+        sample = is_last and request.max_tokens > 0
+        flight.chunks.append((request, Chunk(request.row, start, length, sample)))
+        request.num_scheduled = start + length
+        self._last_steps[request.row] = flight.seq
+        if sample:
+            flight.prefilled.append(request)
+        if is_last:
+            self._prefilling.remove(request)
+            request.phase = self._decoding.enter(request, flight.seq, num_tokens)
+        return length
+
+    # ---- admission ----
+
+    def _admit(self, flight: Flight, budget: int) -> list[Join]:
+        """In line: one that does not fit is not overtaken, or it might wait for ever."""
+        joins: list[Join] = []
+        while budget and self._waiting and self._free_rows:
+            request = self._waiting.first()
+            join = self._join(request)
+            if join is None:
+                break
+            joins.append(join)
+            budget -= self._plan_chunk(flight, request, budget)
+        return joins
+
+    def _join(self, request: Request) -> Join | None:
+        """Gives the request its row and blocks; None: too few blocks now."""
+        token_bytes = self._prefix_cache.token_bytes(request)
+        num_tokens = len(token_bytes) // 4
+        cached = self._prefix_cache.find(request)
+        num_needed = -(-num_tokens // self.block_size) - len(cached)
+        num_left = self._pool.num_available - self._pool.num_idle(cached) - num_needed
+        if num_left < self._headroom(request, num_needed + len(cached)):
+            return None
+        self._prefix_cache.forget()
+        self._pool.hold(cached)
+        request.block_ids = cached + self._pool.allocate(num_needed)
+        request.row = row = self._free_rows.pop()
+        self._rows[row] = request
+        self._waiting.remove(request)
+        self._prefilling.append(request)
+        num_cached_tokens = len(cached) * self.block_size
+        self._count_admission(request, num_cached_tokens)
+        request.phase = Phase.PREFILL
+        request.num_scheduled = request.num_computed = num_cached_tokens
+        block_table = tuple(request.block_ids)
+        num_prompt_tokens = len(request.prompt_ids)
+        return Join(
+            row, token_bytes, num_prompt_tokens, num_cached_tokens, block_table, request.sampling
+        )
+
+    def _headroom(self, request: Request, num_blocks: int) -> int:
+        """Blocks to leave: one for each running row that will need another, so that nobody is
+        preempted for at least `block_size` tokens. A request alone always fits: see `add`."""
+        num_final_tokens = len(request.prompt_ids) + request.max_tokens - 1
+        grows = num_final_tokens > num_blocks * self.block_size
+        return self._decoding.num_growing + len(self._prefilling) + grows
+
+    def _count_admission(self, request: Request, num_cached_tokens: int) -> None:
+        if not request.num_preemptions:
+            request.num_cached_tokens = num_cached_tokens
+            self._num_cached_tokens += num_cached_tokens
+            self._num_prompt_tokens += len(request.prompt_ids)
+
+    # ---- results ----
+
+    def update(self, output: StepOutput) -> list[TokenEvent]:
+        """What a step did, an event for each token; of older epochs, nothing."""
+        if output.epoch < self.epoch:
+            return []
+        flight = self._in_flight.popleft()
+        assert (output.epoch, output.seq) == (self.epoch, flight.seq)
+        self._done = flight.seq
+        events: list[TokenEvent] = []
+        for request, index in self._decoding.filled(flight.seq):
+            self._prefix_cache.store(request, index, index + 1)
+        for i, (request, chunk) in enumerate(flight.chunks):
+            if request.phase is not Phase.FINISHED:
+                self._chunk_done(request, chunk, output.prompt_logprobs.get(i, ()), events)
+        self._accept_all(flight.decoding + flight.prefilled, output, events)
+        for request in flight.releases:
+            self._release(request)
+        return events
+
+    def _accept_all(
+        self, sampled: list[Request], output: StepOutput, events: list[TokenEvent]
+    ) -> None:
+        token_ids = unpack_int32(output.token_ids)
+        if output.logprobs:
+            for i, (request, token_id) in enumerate(zip(sampled, token_ids, strict=True)):
+                self._accept(request, token_id, output.logprobs.get(i), events)
+            return
+        # The one loop over all rows. Only those in DECODE can neither have ended nor reach
+        # max_tokens here.
+        decode, emit = Phase.DECODE, events.append
+        for request, token_id in zip(sampled, token_ids, strict=True):
+            if request.phase is decode and token_id not in request.stop_token_ids:
+                request.output_ids.append(token_id)
+                emit(TokenEvent(request, token_id))
+            else:
+                self._accept(request, token_id, None, events)
+
+    def _accept(
+        self,
+        request: Request,
+        token_id: int,
+        logprob: LogprobEntry | None,
+        events: list[TokenEvent],
+    ) -> None:
+        if request.phase is Phase.FINISHED:
+            return
+        request.output_ids.append(token_id)
+        num_tokens = len(request.output_ids)
+        finish = None
+        if token_id in request.stop_token_ids and num_tokens > request.sampling.min_tokens:
+            finish = FinishReason.STOP
+        elif num_tokens == request.max_tokens:
+            finish = FinishReason.LENGTH
+        if finish is not None:
+            self._end(request)
+        events.append(TokenEvent(request, token_id, logprob, (), finish))
+
+    def _chunk_done(
+        self,
+        request: Request,
+        chunk: Chunk,
+        prompt_logprobs: tuple[LogprobEntry, ...],
+        events: list[TokenEvent],
+    ) -> None:
+        end = chunk.start + chunk.num_tokens
+        request.num_computed = end
+        size = self.block_size
+        self._prefix_cache.store(request, chunk.start // size, end // size)
+        if request.sampling.num_prompt_logprobs >= 0:
+            # What was delivered before a preemption is not delivered again.
+            num_scored = self._num_scored.get(request.request_id, 0)
+            prompt_logprobs = prompt_logprobs[max(num_scored - chunk.start, 0) :]
+            self._num_scored[request.request_id] = max(num_scored, end)
+        finish = None
+        if request.max_tokens == 0 and end == len(request.prompt_ids):
+            finish = FinishReason.LENGTH
+            self._end(request)
+        if prompt_logprobs or finish:
+            events.append(TokenEvent(request, -1, None, prompt_logprobs, finish))
+
+    # ---- looking ----
+
+    @property
+    def has_work(self) -> bool:
+        """A request is live, or a result is outstanding."""
+        return bool(self._requests or self._in_flight)
+
+    @property
+    def num_running(self) -> int:
+        """Live requests that have a row."""
+        return len(self._requests) - len(self._waiting)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def stats(self) -> SchedulerStats:
+        return SchedulerStats(
+            num_running=self.num_running,
+            num_waiting=self.num_waiting,
+            num_in_flight=len(self._in_flight),
+            num_blocks=self.num_blocks - 1,
+            num_free_blocks=self._pool.num_free,
+            num_held_blocks=self._pool.num_held,
+            num_cached_blocks=self._pool.num_cached,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_cached_tokens=self._num_cached_tokens,
+            num_preemptions=self._num_preemptions,
+        )
+
+    def check(self) -> None:
+        """Asserts every invariant; see there for which."""
+        check_scheduler(self)
+
+
+def _place_in_line(request: Request) -> tuple[int, int]:
+    return request.priority, request.arrival
+
+
+def _padded_sizes(max_num_rows: int, graph_batch_sizes: tuple[int, ...]) -> list[int]:
+    """By number of decodes: the smallest graph that holds them; none does: the number itself."""
+    sizes = sorted(graph_batch_sizes)
+    return [0] + [next((s for s in sizes if s >= n), n) for n in range(1, max_num_rows + 1)]

@@ -1,0 +1,182 @@
+"""The supervisor actor: spawns the worker, hands it what to load, and starts another when it dies.
+
+spawn -> Hello -> Load -> Progress ... -> Ready -> (StepOutput ...) -> death -> back-off -> spawn
+                                      `-> Failed (the checkpoint is at fault): give up
+"""
+
+import asyncio
+import contextlib
+import os
+import sys
+import time
+from asyncio.subprocess import Process
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ..ipc.channel import AsyncChannel
+from ..ipc.messages import (
+    PROTOCOL,
+    Failed,
+    FromWorker,
+    Hello,
+    Load,
+    Progress,
+    Ready,
+    Step,
+    StepOutput,
+    Stop,
+    ToWorker,
+)
+from . import logs
+from .engine import Engine
+
+log = logs.get("supervisor")
+
+MAX_REBUILDS = 3
+REBUILD_WINDOW_S = 600.0
+STEPS_THAT_FORGIVE = 1000
+"""A worker that completed so many steps had not failed at once; its death does not count."""
+STOP_TIMEOUT_S = 10.0
+LAST_WORDS_S = 1.0
+WORKER_COMMAND = (sys.executable, "-P", "-m", "dsd.model.worker")
+
+
+class WorkerFailed(Exception):
+    """The model cannot be served; one sentence."""
+
+
+class Supervisor:
+    """Owns the worker process and its channel. `run` is its only task."""
+
+    def __init__(
+        self,
+        load: Callable[[int], Load],
+        runtime_dir: Path,
+        on_progress: Callable[[Progress], None],
+        command: Sequence[str] = WORKER_COMMAND,
+    ) -> None:
+        self._load = load
+        self._runtime_dir = runtime_dir
+        self._on_progress = on_progress
+        self._command = tuple(command)
+        self._channel: AsyncChannel[FromWorker, ToWorker] | None = None
+        self._epoch = 0
+        self._deaths: deque[float] = deque()
+        self.worker_pid: int | None = None
+        self.rebuilds = 0
+
+    async def send(self, step: Step) -> None:
+        """To the worker. A step for a worker that has just died is dropped: its rows end or join
+        again when the loss is handled."""
+        if self._channel is not None:
+            await self._channel.send(step)
+
+    async def run(self, engine: Engine) -> None:
+        """Keeps a worker alive. Raises WorkerFailed if that cannot be done."""
+        while True:
+            self._epoch += 1
+            steps_before = engine.counters.steps
+            why = await self._one_life(engine, self._epoch)
+            log.error("worker lost", why=why, epoch=self._epoch)
+            engine.worker_lost(f"the model's worker was lost ({why})")
+            self._count_death(engine.counters.steps - steps_before, why)
+            self.rebuilds += 1
+            await asyncio.sleep(min(5.0, 0.1 * 2 ** len(self._deaths)))
+
+    def _count_death(self, steps: int, why: str) -> None:
+        if steps >= STEPS_THAT_FORGIVE:
+            self._deaths.clear()
+            return
+        now = time.monotonic()
+        self._deaths.append(now)
+        while self._deaths[0] < now - REBUILD_WINDOW_S:
+            self._deaths.popleft()
+        if len(self._deaths) > MAX_REBUILDS:
+            raise WorkerFailed(
+                f"the worker was lost {len(self._deaths)} times in {REBUILD_WINDOW_S:.0f} s "
+                f"({why}); giving up"
+            )
+
+    async def _one_life(self, engine: Engine, epoch: int) -> str:
+        """From spawn to death; returns why it died."""
+        path = self._runtime_dir / f"worker-0.{epoch}.sock"
+        address = f"ipc://{path}"
+        channel = AsyncChannel[FromWorker, ToWorker](address, FromWorker)
+        process: Process | None = None
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *self._command, address, "0", stdin=asyncio.subprocess.PIPE
+            )
+            self._channel, self.worker_pid = channel, process.pid
+            reader = asyncio.ensure_future(self._read(channel, engine, epoch))
+            death = asyncio.ensure_future(process.wait())
+            try:
+                await asyncio.wait({reader, death}, return_when=asyncio.FIRST_COMPLETED)
+                if not reader.done():
+                    await asyncio.wait({reader}, timeout=LAST_WORDS_S)
+                return reader.result() if reader.done() else _how_it_died(process)
+            finally:
+                for task in (reader, death):
+                    task.cancel()
+                await asyncio.gather(reader, death, return_exceptions=True)
+        finally:
+            self._channel, self.worker_pid = None, None
+            if process is not None:
+                await self._end(process, channel, epoch)
+            channel.close()
+            path.unlink(missing_ok=True)
+
+    async def _read(
+        self, channel: AsyncChannel[FromWorker, ToWorker], engine: Engine, epoch: int
+    ) -> str:
+        """Hands on what the worker says, until it says that it failed."""
+        while True:
+            message = await channel.receive()
+            match message:
+                case StepOutput():
+                    engine.step_done(message)
+                case Progress():
+                    self._on_progress(message)
+                case Hello():
+                    if message.protocol not in (PROTOCOL, PROTOCOL - 1):
+                        raise WorkerFailed(
+                            f"the worker speaks protocol {message.protocol}, not {PROTOCOL}"
+                        )
+                    await channel.send(self._load(epoch))
+                case Ready():
+                    engine.worker_ready(message)
+                case Failed():
+                    if message.user_error:
+                        raise WorkerFailed(message.message)
+                    return message.message
+
+    async def _end(
+        self, process: Process, channel: AsyncChannel[FromWorker, ToWorker], epoch: int
+    ) -> None:
+        """Asks, then insists. A worker also ends by itself when its standard input closes."""
+        if process.returncode is not None:
+            return
+        with contextlib.suppress(asyncio.CancelledError, TimeoutError):
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                await channel.send(Stop(epoch))
+                if process.stdin is not None:
+                    process.stdin.close()
+                await process.wait()
+                return
+        process.kill()
+        await process.wait()
+
+
+def _how_it_died(process: Process) -> str:
+    code = process.returncode
+    if code is None:
+        return "it stopped answering"
+    return f"signal {-code}" if code < 0 else f"exit status {code}"
+
+
+def prepare_runtime_dir(path: Path) -> None:
+    """Makes the directory of the sockets, for this user alone. Raises OSError."""
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if path.stat().st_uid != os.geteuid():
+        raise PermissionError(13, "belongs to another user", str(path))

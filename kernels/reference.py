@@ -1,0 +1,250 @@
+"""The torch twin of every kernel: what the GPU kernels must equal, and what runs on a CPU.
+
+Written to be read, not to be fast. Arithmetic is float32 unless a docstring says otherwise; results
+have the dtype of the inputs. Shapes use: T tokens, B sequences, H heads, N and K the output and
+input width of a linear map, E experts, R = kv_lora_rank, P = qk_rope_head_dim.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 128
+"""Width of a quantisation block, DeepSeek-V3 technical report (arXiv 2412.19437), section 3.3.2."""
+FP8_MAX = 448.0
+"""Largest finite e4m3fn value."""
+
+
+# ---- quantisation -------------------------------------------------------------------------------
+
+
+def quantize_1x128(x: Tensor, ue8m0: bool = False) -> tuple[Tensor, Tensor]:
+    """Quantises activations to e4m3 with one scale for 128 neighbours of a token.
+
+    x: [T, K] float. Returns q: [T, K] float8_e4m3fn and scale: [T, ceil(K/128)] float32 with
+    x ~ q * scale. `ue8m0` rounds scales up to powers of two (DeepSeek-V3.1's scale_fmt).
+    """
+    num_tokens, width = x.shape
+    num_blocks = -(-width // BLOCK)
+    padded = F.pad(x.float(), (0, num_blocks * BLOCK - width)).view(num_tokens, num_blocks, BLOCK)
+    scale = padded.abs().amax(dim=-1).clamp(min=1e-4) / FP8_MAX
+    if ue8m0:
+        # By bits: log2 is rounded, so a scale just above a power of two would become that power.
+        bits = scale.view(torch.int32)
+        scale = ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+    q = (padded / scale[..., None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return q.view(num_tokens, num_blocks * BLOCK)[:, :width], scale
+
+
+def quantize_128x128(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantises a weight [N, K] to e4m3 with one scale for each 128x128 block.
+
+    Returns q: [N, K] float8_e4m3fn and scale: [ceil(N/128), ceil(K/128)] float32, as the
+    published checkpoints name it `weight_scale_inv`: w ~ q * scale.
+    """
+    n, k = w.shape
+    padded = F.pad(w.float(), (0, -k % BLOCK, 0, -n % BLOCK))
+    blocks = padded.view(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)
+    scale = blocks.abs().amax(dim=(1, 3)).clamp(min=1e-8) / FP8_MAX
+    q = (blocks / scale[:, None, :, None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return q.view(padded.shape)[:n, :k].contiguous(), scale
+
+
+def dequantize_128x128(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The reverse of `quantize_128x128`; also for stacked weights [..., N, K]."""
+    n, k = q.shape[-2:]
+    full = scale.repeat_interleave(BLOCK, dim=-2)[..., :n, :]
+    full = full.repeat_interleave(BLOCK, dim=-1)[..., :k]
+    return (q.float() * full).to(dtype)
+
+
+# ---- linear maps --------------------------------------------------------------------------------
+
+
+def gemm_nt(x: Tensor, w: Tensor) -> Tensor:
+    """x: [T, K], w: [N, K] of any float dtype -> [T, N] in x's dtype, multiplied in x's dtype."""
+    return x @ w.to(x.dtype).t()
+
+
+def dequant_gemm_nt(x: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:
+    """The same for an fp8 weight with 128x128 scales, dequantised to x's dtype as it is used."""
+    return x @ dequantize_128x128(w, w_scale, x.dtype).t()
+
+
+def fp8_gemm_nt(
+    x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, out_dtype: torch.dtype
+) -> Tensor:
+    """e4m3 x e4m3, partial sums of 128 promoted to float32 with both scales.
+
+    x: [T, K] float8_e4m3fn, x_scale: [T, ceil(K/128)] float32, w: [N, K] float8_e4m3fn,
+    w_scale: [ceil(N/128), ceil(K/128)] float32 -> [T, N] out_dtype.
+    """
+    n, k = w.shape
+    out = torch.zeros(x.shape[0], n, dtype=torch.float32, device=x.device)
+    row_scale = w_scale.repeat_interleave(BLOCK, dim=0)[:n]
+    for block, start in enumerate(range(0, k, BLOCK)):
+        part = x[:, start : start + BLOCK].float() @ w[:, start : start + BLOCK].float().t()
+        out += part * x_scale[:, block, None] * row_scale[None, :, block]
+    return out.to(out_dtype)
+
+
+# ---- experts ------------------------------------------------------------------------------------
+
+
+def moe_gate(
+    logits: Tensor,
+    bias: Tensor,
+    n_group: int,
+    topk_group: int,
+    top_k: int,
+    norm_topk_prob: bool,
+    routed_scaling_factor: float,
+) -> tuple[Tensor, Tensor]:
+    """Sigmoid gate with correction bias and group-limited top-k (arXiv 2412.19437, section 2.1.2).
+
+    logits: [T, E] float32, bias: [E] float32. Experts are chosen by score + bias, weighted by the
+    score alone. A group counts by the sum of its two best. Returns topk_ids [T, top_k] int64 and
+    topk_weights [T, top_k] float32.
+    """
+    scores = logits.float().sigmoid()
+    choice = scores + bias.float()
+    if n_group > 1:
+        grouped = choice.unflatten(1, (n_group, -1))
+        group_scores = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(dim=-1)
+        kept = group_scores.topk(topk_group, dim=-1).indices
+        mask = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, kept, False)
+        choice = grouped.masked_fill(mask[..., None], float("-inf")).flatten(1)
+    topk_ids = choice.topk(top_k, dim=-1).indices
+    topk_weights = scores.gather(1, topk_ids)
+    if norm_topk_prob:
+        topk_weights = topk_weights / (topk_weights.sum(dim=-1, keepdim=True) + 1e-20)
+    return topk_ids, topk_weights * routed_scaling_factor
+
+
+def permute_by_expert(topk_ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
+    """Sorts (token, choice) pairs by expert.
+
+    topk_ids: [T, top_k]. Returns order: [T * top_k] int64, indices into the flattened pairs,
+    stable within an expert; and counts: [n_experts] int64.
+    """
+    flat = topk_ids.flatten()
+    return flat.argsort(stable=True), torch.bincount(flat, minlength=n_experts)
+
+
+def combine_experts(y: Tensor, order: Tensor, topk_weights: Tensor) -> Tensor:
+    """Undoes `permute_by_expert` and sums each token's experts by weight.
+
+    y: [T * top_k, N] in expert order, topk_weights: [T, top_k] -> [T, N] in y's dtype.
+    """
+    num_tokens, top_k = topk_weights.shape
+    back = torch.empty_like(y)
+    back[order] = y
+    weighted = back.view(num_tokens, top_k, y.shape[1]).float() * topk_weights[..., None]
+    return weighted.sum(dim=1).to(y.dtype)
+
+
+# ---- norms, activation, rope --------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x: [..., N] / rms(x) * weight [N]; normalised in float32, rounded to x's dtype before the
+    weight is applied, as the published model code does."""
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + eps)
+    return weight.to(x.dtype) * normed.to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """residual + x, and its `rms_norm`: returns (normed, new residual), both in x's dtype."""
+    residual = residual + x
+    return rms_norm(residual, weight, eps), residual
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """gate_up: [T, 2N], gate first -> silu(gate) * up [T, N]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates neighbouring pairs of the last dimension.
+
+    x: [T, H, P] or [T, P]; cos, sin: [T, P/2] float32. Pairs are (2i, 2i + 1), as DeepSeek's
+    checkpoints store them; the result keeps that order. Computed in float32.
+    """
+    if x.dim() == 3:
+        cos, sin = cos[:, None], sin[:, None]
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
+
+
+def embedding(weight: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """weight: [V, N], ids: [T] -> [T, N] in dtype."""
+    return F.embedding(ids, weight).to(dtype)
+
+
+# ---- attention over the latent cache ------------------------------------------------------------
+
+
+def store_latent(cache: Tensor, kv_latent: Tensor, k_pe: Tensor, slot_mapping: Tensor) -> None:
+    """Writes a step's latents into the paged cache.
+
+    cache: [num_blocks, block_size, R + P], kv_latent: [T, R] (normed), k_pe: [T, P] (rotated),
+    slot_mapping: [T] int64, block * block_size + offset; block 0 takes padding and is never read.
+    """
+    latent = torch.cat((kv_latent, k_pe), dim=-1).to(cache.dtype)
+    cache.view(-1, cache.shape[-1])[slot_mapping] = latent
+
+
+def gather_latent(cache: Tensor, block_table: Tensor, start: int, stop: int) -> Tensor:
+    """Tokens start ... stop - 1 of one sequence. block_table: [num_blocks_of_it] ->
+    [stop - start, R + P]."""
+    block_size = cache.shape[1]
+    first, last = start // block_size, -(-stop // block_size)
+    pages = cache[block_table[first:last].long()].flatten(0, 1)
+    return pages[start - first * block_size : stop - first * block_size]
+
+
+def mla_decode(
+    q: Tensor, cache: Tensor, block_table: Tensor, seq_lens: Tensor, kv_lora_rank: int, scale: float
+) -> Tensor:
+    """Absorbed attention of one new token per sequence over its latents.
+
+    q: [B, H, R + P], the nope part already multiplied by W_UK; cache: [num_blocks, block_size,
+    R + P]; block_table: [B, max_blocks] int32; seq_lens: [B] int32, the new token included. Every
+    head reads the same latent: key = the whole of it, value = its first R. -> [B, H, R] in q's
+    dtype.
+    """
+    out = torch.empty(*q.shape[:2], kv_lora_rank, dtype=q.dtype, device=q.device)
+    for row, seq_len in enumerate(seq_lens.tolist()):
+        latent = gather_latent(cache, block_table[row], 0, seq_len).float()
+        scores = q[row].float() @ latent.t() * scale
+        out[row] = (scores.softmax(dim=-1) @ latent[:, :kv_lora_rank]).to(q.dtype)
+    return out
+
+
+def mla_prefill(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Plain multi-head attention of one sequence's slice over one slice of keys.
+
+    q: [Tq, H, D], k: [Tk, H, D], v: [Tk, H, Dv]. `causal`: the two slices end at the same token,
+    and a query sees keys up to its own. -> out [Tq, H, Dv] in q's dtype, lse [H, Tq] float32.
+    """
+    scores = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * scale
+    if causal:
+        num_q, num_k = scores.shape[1:]
+        hidden = torch.ones(num_q, num_k, dtype=torch.bool, device=q.device)
+        scores = scores.masked_fill(hidden.triu(num_k - num_q + 1), float("-inf"))
+    lse = scores.logsumexp(dim=-1)
+    probs = (scores - lse[..., None]).exp()
+    return torch.einsum("hqk,khd->qhd", probs, v.float()).to(q.dtype), lse
+
+
+def merge_attention(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Joins attention over two disjoint sets of keys. out: [T, H, Dv], lse: [H, T]."""
+    lse = torch.logaddexp(a_lse, b_lse)
+    weight_a = (a_lse - lse).exp().t()[..., None]
+    weight_b = (b_lse - lse).exp().t()[..., None]
+    return (a.float() * weight_a + b.float() * weight_b).to(a.dtype), lse

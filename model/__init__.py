@@ -1,0 +1,1 @@
+"""Computes: configuration, loading, layers, MLA, MoE, KV cache, runner, worker process."""

@@ -1,0 +1,92 @@
+"""DeepSeek-V3, top down: embedding, layers, head."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..kernels import fused, gemm
+from .batch import ForwardBatch
+from .config import ModelConfig
+from .kv_cache import KVCache
+from .layers import MLP, Arithmetic, RMSNorm
+from .mla import MLA
+from .moe import MoE
+from .rope import tables
+
+
+class DecoderLayer:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        layer: int,
+        arithmetic: Arithmetic,
+        dtype: torch.dtype,
+    ) -> None:
+        name, eps = f"layers.{layer}", config.rms_norm_eps
+        self.input_norm = RMSNorm(weights[f"{name}.input_layernorm"], eps)
+        self.attn = MLA(config, weights, f"{name}.attn", arithmetic, dtype)
+        self.post_attn_norm = RMSNorm(weights[f"{name}.post_attention_layernorm"], eps)
+        self.mlp: MoE | MLP = (
+            MoE(config, weights, name, arithmetic)
+            if config.is_moe(layer)
+            else MLP(weights, f"{name}.mlp", arithmetic)
+        )
+
+    def __call__(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        batch: ForwardBatch,
+        cache: Tensor,
+        rope: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """x: [T, hidden], the last layer's output that is not yet added to `residual`."""
+        if residual is None:
+            normed, residual = self.input_norm(x), x
+        else:
+            normed, residual = self.input_norm.add(x, residual)
+        x = self.attn(normed, batch, cache, *rope)
+        normed, residual = self.post_attn_norm.add(x, residual)
+        return self.mlp(normed), residual
+
+
+class DeepseekV3:
+    """The whole model on one device."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        max_seq_len: int,
+        act_quant: bool = False,
+    ) -> None:
+        arithmetic = Arithmetic(act_quant, config.ue8m0)
+        self.config = config
+        self.dtype = dtype
+        self.embed = weights["embed"]
+        self.layers = [
+            DecoderLayer(config, weights, layer, arithmetic, dtype)
+            for layer in range(config.num_hidden_layers)
+        ]
+        self.norm = RMSNorm(weights["norm"], config.rms_norm_eps)
+        self.lm_head = weights["embed" if config.tie_word_embeddings else "lm_head"]
+        device = self.embed.device
+        self.cos, self.sin = tables(config.rope, config.qk_rope_head_dim, max_seq_len, device)
+
+    def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
+        """Hidden states [T, hidden] after the final norm; writes the tokens' KV into the cache."""
+        x = fused.embedding(self.embed, batch.input_ids, self.dtype)
+        rope = self.cos[batch.positions], self.sin[batch.positions]
+        residual: Tensor | None = None
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            x, residual = layer(x, residual, batch, layer_cache, rope)
+        assert residual is not None
+        normed, _ = self.norm.add(x, residual)
+        return normed
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [S, hidden] -> [S, vocab_size] float32."""
+        return gemm.linear(hidden, self.lm_head, None).float()

@@ -1,0 +1,170 @@
+"""Makes a random checkpoint of the true architecture: small, or of DeepSeek-V3's real width.
+
+    python -m dsd.tools.make_checkpoint DIR                      small, with a tokenizer of its own
+    python -m dsd.tools.make_checkpoint DIR --wide --tokenizer DIR_OF_PUBLISHED_TOKENIZER
+    python -m dsd.tools.make_checkpoint DIR --config config.json
+
+Weights are normal with variance 1 / fan-in, so that activations keep their size through the layers
+and a random model still prefers some tokens over others. Linear layers are block-fp8, as published.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..kernels.quant import quantize_128x128
+from ..model import checkpoint
+from ..model.checkpoint import TensorSpec
+from ..model.config import ModelConfig
+from .make_tokenizer import write_tokenizer
+
+SHARD_BYTES = 1 << 30
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+
+SMALL: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "n_routed_experts": 16,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 4,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "q_lora_rank": 128,
+    "kv_lora_rank": 256,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 64,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 40,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
+    "max_position_embeddings": 4096,
+    "num_nextn_predict_layers": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "torch_dtype": "bfloat16",
+    "quantization_config": {**FP8, "weight_block_size": [128, 128]},
+}
+"""DeepSeek-V3's shape in miniature: every mechanism is there, every size is small."""
+
+WIDE: dict[str, Any] = {
+    **SMALL,
+    "vocab_size": 129280,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+    "max_position_embeddings": 163840,
+}
+"""DeepSeek-V3's real width with two layers and eight experts."""
+
+
+def random_tensor(spec: TensorSpec, fp8: bool, generator: torch.Generator) -> dict[str, Tensor]:
+    """One random weight, with its scales if it is a linear layer of an fp8 checkpoint."""
+    if len(spec.shape) == 1:
+        centre = 0.0 if spec.kind == "float32" else 1.0
+        values = torch.randn(spec.shape, generator=generator) * 0.02 + centre
+        return {spec.name: values if spec.kind == "float32" else values.bfloat16()}
+    std = 1.0 if spec.target == "embed" else spec.shape[-1] ** -0.5
+    weight = torch.randn(spec.shape, generator=generator) * std
+    if spec.kind == "linear" and fp8:
+        q, scale = quantize_128x128(weight)
+        return {spec.name: q, f"{spec.name}_scale_inv": scale}
+    return {spec.name: weight.bfloat16()}
+
+
+def shards(config: ModelConfig, seed: int) -> Iterator[dict[str, Tensor]]:
+    """The checkpoint's tensors in groups of about SHARD_BYTES."""
+    generator = torch.Generator().manual_seed(seed)
+    shard: dict[str, Tensor] = {}
+    for spec in checkpoint.tensors(config):
+        if spec.kind == "scale":
+            continue  # made with its weight
+        shard.update(random_tensor(spec, config.fp8, generator))
+        if sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES:
+            yield shard
+            shard = {}
+    if shard:
+        yield shard
+
+
+def write_checkpoint(directory: Path, fields: dict[str, Any], seed: int = 0) -> None:
+    """config.json, the shards and their index. `directory` is made; existing files are replaced."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    config = ModelConfig.load(directory)
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, shard in enumerate(shards(config, seed), start=1):
+        name = f"model-{number:05d}.safetensors"
+        save_file(shard, directory / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, name))
+        total += sum(tensor.nbytes for tensor in shard.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+@click.command()
+@click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--wide", is_flag=True, help="DeepSeek-V3's real width: two layers, eight experts.")
+@click.option("--config", "config_file", type=click.Path(path_type=Path, exists=True))
+@click.option("--tokenizer", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--seed", default=0, show_default=True)
+def main(
+    directory: Path, wide: bool, config_file: Path | None, tokenizer: Path | None, seed: int
+) -> None:
+    """Write a random checkpoint to DIRECTORY."""
+    fields = WIDE if wide else SMALL
+    if config_file is not None:
+        fields = json.loads(config_file.read_text())
+    write_checkpoint(directory, fields, seed)
+    if tokenizer is None:
+        write_tokenizer(directory, fields["vocab_size"])
+    else:
+        for name in TOKENIZER_FILES:
+            shutil.copy(tokenizer / name, directory / name)
+    size = sum(file.stat().st_size for file in directory.iterdir())
+    click.echo(f"{directory}: {size / 1e6:,.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
