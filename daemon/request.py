@@ -56,7 +56,7 @@ class Request:
 
     __slots__ = (
         "arrival", "block_hashes", "block_ids", "max_tokens", "num_cached_tokens", "num_computed",
-        "num_outstanding", "num_preemptions", "num_scheduled", "output_ids", "phase", "priority",
+        "num_preemptions", "num_scheduled", "output_ids", "phase", "priority",
         "prompt_ids", "request_id", "row", "salt", "sampling", "stop_token_ids",
     )  # fmt: skip
 
@@ -90,11 +90,10 @@ class Request:
         self.block_ids: list[int] = []
         self.block_hashes: list[bytes] = []
         self.num_scheduled = 0
-        """Tokens whose KV is computed once all steps in flight are done."""
+        """Tokens whose KV is computed once all steps in flight are done; stands still in DECODE,
+        as the next does (see `decode_set`)."""
         self.num_computed = 0
         """Tokens whose KV is known to be computed."""
-        self.num_outstanding = 0
-        """Steps in flight that hold this request."""
         self.num_cached_tokens = 0
         """Prompt tokens that the prefix cache saved at first admission."""
         self.num_preemptions = 0
