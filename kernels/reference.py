@@ -13,6 +13,8 @@ BLOCK = 128
 """Width of a quantisation block, DeepSeek-V3 technical report (arXiv 2412.19437), section 3.3.2."""
 FP8_MAX = 448.0
 """Largest finite e4m3fn value."""
+SLAB_ROWS = 8 * BLOCK
+"""Rows of a weight that are dequantised at once."""
 
 
 # ---- quantisation -------------------------------------------------------------------------------
@@ -53,9 +55,11 @@ def quantize_128x128(w: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize_128x128(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The reverse of `quantize_128x128`; also for stacked weights [..., N, K]."""
     n, k = q.shape[-2:]
-    full = scale.repeat_interleave(BLOCK, dim=-2)[..., :n, :]
-    full = full.repeat_interleave(BLOCK, dim=-1)[..., :k]
-    return (q.float() * full).to(dtype)
+    if n % BLOCK or k % BLOCK:
+        full = scale.repeat_interleave(BLOCK, dim=-2)[..., :n, :]
+        return (q.float() * full.repeat_interleave(BLOCK, dim=-1)[..., :k]).to(dtype)
+    blocks = q.float().view(*q.shape[:-2], n // BLOCK, BLOCK, k // BLOCK, BLOCK)
+    return (blocks * scale[..., :, None, :, None]).to(dtype).view(q.shape)
 
 
 # ---- linear maps --------------------------------------------------------------------------------
@@ -67,8 +71,14 @@ def gemm_nt(x: Tensor, w: Tensor) -> Tensor:
 
 
 def dequant_gemm_nt(x: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:
-    """The same for an fp8 weight with 128x128 scales, dequantised to x's dtype as it is used."""
-    return x @ dequantize_128x128(w, w_scale, x.dtype).t()
+    """The same for an fp8 weight with 128x128 scales, dequantised to x's dtype as it is used: a slab
+    of rows at a time, so that what is dequantised is still in the cache when it is multiplied."""
+    out = x.new_empty(x.shape[0], w.shape[0])
+    for start in range(0, w.shape[0], SLAB_ROWS):
+        rows = slice(start, start + SLAB_ROWS)
+        blocks = slice(start // BLOCK, (start + SLAB_ROWS) // BLOCK)
+        out[:, rows] = x @ dequantize_128x128(w[rows], w_scale[blocks], x.dtype).t()
+    return out
 
 
 def fp8_gemm_nt(
