@@ -32,7 +32,10 @@ class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _RawConfig(msgspec.Struct, kw_only=True):
-    """The fields of config.json that matter, as published; others are ignored."""
+    """The fields of config.json that matter, as published; others are ignored.
+
+    What no tensor would contradict has the default of the published DeepseekV3Config.
+    """
 
     model_type: str
     vocab_size: int
@@ -50,12 +53,12 @@ class _RawConfig(msgspec.Struct, kw_only=True):
     max_position_embeddings: int
     q_lora_rank: int | None = None
     n_shared_experts: int | None = 0
-    n_group: int | None = 1
-    topk_group: int | None = 1
+    n_group: int | None = 8
+    topk_group: int | None = 4
     first_k_dense_replace: int = 0
     moe_layer_freq: int = 1
     norm_topk_prob: bool = True
-    routed_scaling_factor: float = 1.0
+    routed_scaling_factor: float = 2.5
     scoring_func: str = "sigmoid"
     topk_method: str = "noaux_tc"
     hidden_act: str = "silu"

@@ -12,7 +12,10 @@ of them have their KV, and where. `token_ids[row, i]` for i >= `num_tokens[row]`
 import torch
 from torch import Tensor
 
-from ..ipc.messages import Grow, Join, Sampling, unpack_int32
+from ..ipc.messages import Grow, Join, Sampling
+
+MIN_TEMPERATURE = 1e-6
+"""Below it logits / temperature may overflow, and nothing but the best token is chosen anyway."""
 
 
 class Rows:
@@ -49,7 +52,7 @@ class Rows:
         self._num_blocks[row] = 0
         self.grow(Grow(row, join.block_table))
         self.sampling[row] = sampling
-        self.temperature[row] = sampling.temperature
+        self.temperature[row] = max(sampling.temperature, MIN_TEMPERATURE)
         self.top_p[row] = sampling.top_p
         self.top_k[row] = sampling.top_k
         self.min_p[row] = sampling.min_p
@@ -72,8 +75,3 @@ class Rows:
         """The newly sampled token of each row."""
         self.token_ids[rows, self.num_tokens[rows]] = token_ids
         self.num_tokens[rows] += 1
-
-
-def decode_rows(step_decodes: bytes, device: torch.device) -> Tensor:
-    """`Step.decodes` as a tensor of rows, [num_decodes] int64."""
-    return torch.tensor(unpack_int32(step_decodes).tolist(), dtype=torch.int64, device=device)

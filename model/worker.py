@@ -54,6 +54,10 @@ def main() -> None:
         except CheckpointError as error:
             channel.send(Failed(load.epoch, str(error), user_error=True))
             return
+        except OSError as error:
+            message = f"{error.filename} cannot be read: {error.strerror}"
+            channel.send(Failed(load.epoch, message, user_error=True))
+            return
         channel.send(ready)
         serve(channel, runner)
 

@@ -1,0 +1,105 @@
+"""`sampler.choose` on rows made by hand; the kernels have their own tests."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsd.ipc.messages import Join, Sampling, pack_int32
+from dsd.model import sampler
+from dsd.model.rows import Rows
+
+VOCAB = 50
+PROMPT = [3, 4, 5]
+
+
+@pytest.fixture
+def rows() -> Rows:
+    return Rows(max_batch_size=6, max_seq_len=64, block_size=8, device=torch.device("cpu"))
+
+
+@pytest.fixture
+def logits() -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(6, VOCAB) * 2
+
+
+def join(rows: Rows, row: int, sampling: Sampling, generated: list[int]) -> None:
+    token_ids = pack_int32([*PROMPT, *generated])
+    rows.join(Join(row, token_ids, len(PROMPT), 0, (1, 2), sampling))
+
+
+def test_choose_min_tokens_counts_generated_tokens_only(rows: Rows, logits: Tensor) -> None:
+    best, second = logits[0].topk(2).indices.tolist()
+    sampling = Sampling(temperature=0.0, min_tokens=2, masked_token_ids=(best,))
+    for generated, want in (([], second), ([8], second), ([8, 9], best), ([8, 9, 8], best)):
+        join(rows, 0, sampling, generated)
+        assert sampler.choose(logits[:1], [0], rows).tolist() == [want]
+
+
+def test_choose_min_tokens_without_masked_ids_changes_nothing(rows: Rows, logits: Tensor) -> None:
+    join(rows, 0, Sampling(temperature=0.0, min_tokens=5), [])
+    assert sampler.choose(logits[:1], [0], rows).tolist() == [logits[0].argmax().item()]
+
+
+def test_choose_presence_and_frequency_leave_prompt_tokens_alone(rows: Rows) -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 3], logits[0, 9], logits[0, 20] = 2.0, 3.0, 1.0
+    for sampling in (
+        Sampling(temperature=0.0, presence_penalty=2.0),
+        Sampling(temperature=0.0, frequency_penalty=2.0),
+    ):
+        join(rows, 0, sampling, [9])
+        assert sampler.choose(logits, [0], rows).tolist() == [3], "9 was generated, 3 was asked"
+
+
+def test_choose_repetition_counts_prompt_tokens_too(rows: Rows) -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 3], logits[0, 9], logits[0, 20] = 2.0, 3.0, 1.9
+    join(rows, 0, Sampling(temperature=0.0, repetition_penalty=2.0), [9])
+    assert sampler.choose(logits, [0], rows).tolist() == [20]
+
+
+def test_choose_bias_comes_after_penalties(rows: Rows) -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 20] = 1.4
+    sampling = Sampling(
+        temperature=0.0, repetition_penalty=4.0, logit_bias=((9, 1.5), (9, 0.1), (20, 0.0))
+    )
+    join(rows, 0, sampling, [9])
+    assert sampler.choose(logits, [0], rows).tolist() == [9]
+
+
+def test_choose_leaves_the_logits_alone(rows: Rows, logits: Tensor) -> None:
+    """Log-probabilities are those of the unmodified logits."""
+    sampling = Sampling(
+        temperature=0.7, top_p=0.5, presence_penalty=1.0, logit_bias=((1, 9.0),), min_tokens=3,
+        masked_token_ids=(2,),
+    )  # fmt: skip
+    before = logits.clone()
+    for row in range(6):
+        join(rows, row, sampling if row % 2 else Sampling(temperature=1.0), [9])
+    sampler.choose(logits, list(range(6)), rows)
+    assert torch.equal(logits, before)
+
+
+def test_choose_rows_in_any_order_choose_the_same(rows: Rows, logits: Tensor) -> None:
+    for row, sampling in enumerate(
+        (
+            Sampling(temperature=0.0),
+            Sampling(temperature=1.5, seed=1),
+            Sampling(temperature=0.8, seed=2, top_k=5),
+            Sampling(temperature=0.0, presence_penalty=2.0),
+            Sampling(temperature=2.0, seed=3, min_p=0.1, frequency_penalty=1.0),
+            Sampling(temperature=3.0, seed=4),
+        )
+    ):
+        join(rows, row, sampling, [9, 10][: row % 3])
+    alone = [sampler.choose(logits[row : row + 1], [row], rows).item() for row in range(6)]
+    for order in ([0, 1, 2, 3, 4, 5], [5, 3, 1, 0, 2, 4], [4, 2], [1]):
+        assert sampler.choose(logits[order], order, rows).tolist() == [alone[r] for r in order]
+
+
+def test_entries_of_the_chosen_token_alone_have_no_others(logits: Tensor) -> None:
+    (entry,) = sampler.entries(logits[:1], torch.tensor([7]), 0)
+    assert entry.token_id == 7 and entry.top == ()
+    assert entry.logprob == pytest.approx(logits[0].log_softmax(0)[7].item(), abs=1e-5)
