@@ -35,7 +35,9 @@ log = logs.get("node")
 
 MAX_HEAD_BYTES = 32 * 1024
 KEEP_ALIVE_S = 75
-SHUTDOWN_TIMEOUT_S = 5
+SHUTDOWN_TIMEOUT_S = 1
+"""For aborted requests to end, and again for their connections: all of a stop, the worker's end
+included, takes at most five seconds more than the drain."""
 SWITCH_INTERVAL_S = 0.0005
 """A busy Python thread otherwise holds the loop up for 5 ms at a time."""
 
@@ -69,6 +71,7 @@ class Node:
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._is_up = asyncio.Event()
+        self._is_loading = asyncio.Event()
         self._runtime_dir = configuration.runtime_dir(config.server)
         self.port = config.server.port
         """The one that is listened on; known when `run` has bound it."""
@@ -83,7 +86,11 @@ class Node:
         """Everything, until a signal ends it. Raises ListenError, TokenizerError, TemplateError,
         WorkerFailed."""
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        listeners, control = self._listen()
+        try:
+            listeners, control = self._listen()
+        except listen.ListenError as error:
+            self._notifier.status(str(error))
+            raise
         try:
             self._catch_signals()
             server = self._server()
@@ -101,6 +108,10 @@ class Node:
                 await serving
                 for task in tasks:
                     task.cancel()
+        except ExceptionGroup as group:
+            # While systemd waits to start it again, `systemctl status` shows this, and no log.
+            self._notifier.status(str(group.exceptions[0]))
+            raise
         finally:
             await self._close()
 
@@ -218,7 +229,8 @@ class Node:
     # ---- the model ----
 
     async def _bring_up(self) -> None:
-        """The daemon's own part of loading (tokenizer, chat template), then the worker's."""
+        """The daemon's own part of loading (tokenizer, chat template), then the worker's; then
+        says so again after each rebuild."""
         await asyncio.to_thread(self.info.read)
         tokenizer = self.info.tokenizer
         if tokenizer is not None and tokenizer.chat_template:
@@ -229,6 +241,11 @@ class Node:
         await self.engine.wait_ready()
         self._is_up.set()
         self._announce()
+        while True:
+            self._say_serving()
+            self._is_loading.clear()
+            await self._is_loading.wait()
+            await self.engine.wait_ready()
 
     def _load_message(self, epoch: int) -> Load:
         model, engine = self.config.model, self.config.engine
@@ -250,6 +267,7 @@ class Node:
         if self.progress is None or self.progress.stage != progress.stage:
             log.info(progress.stage, total_bytes=progress.total)
         self.progress = progress
+        self._is_loading.set()
         self._notifier.status(status.describe_progress(progress))
         # The first progress means that the checkpoint's headers have been checked.
         self._notifier.ready()
@@ -273,7 +291,12 @@ class Node:
             kv_cache_tokens=(ready.num_blocks - 1) * ready.block_size,
             seconds=round(time.time() - self.started_at, 1),
         )
-        self._notifier.status(f"serving {self.info.name} on {ready.device}")
+
+    def _say_serving(self) -> None:
+        """To the service manager, unless there is something else to say."""
+        if self.engine.ready is not None and not self._stop.is_set():
+            self._notifier.ready()
+            self._notifier.status(f"serving {self.info.name} on {self.engine.ready.device}")
 
     def health(self) -> tuple[bool, str]:
         """Whether a request would be served now, and the state in a word."""
@@ -335,3 +358,4 @@ class Node:
         self.engine.max_queued_requests = self.config.server.max_queued_requests
         self.engine.print_iter_log = self.config.engine.print_iter_log
         logs.configure(self.config.log)
+        self._say_serving()
