@@ -127,10 +127,10 @@ def serve(model: str | None, config_path: Path | None, **values: Any) -> None:
 @click.option("--config", "config_path", type=click.Path(path_type=Path), help="TOML file.")
 @click.option("--prompt", "prompts", multiple=True, help="A prompt; may be repeated.")
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="One prompt a line.")
-@click.option("--max-tokens", default=32, show_default=True, help="Tokens to generate for each.")
-@click.option("--temperature", default=0.0, show_default=True)
-@click.option("--top-p", default=1.0, show_default=True)
-@click.option("--seed", default=0, show_default=True)
+@click.option("--max-tokens", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True)
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @options.engine_options
 def generate(model: str | None, config_path: Path | None, **values: Any) -> None:
     """Generate text for prompts, without a server; prints each prompt and its text."""

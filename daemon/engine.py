@@ -262,6 +262,8 @@ class Engine:
     def _add(self, requests: Sequence[Request]) -> None:
         if self._scheduler is None:
             raise Unavailable(why_unavailable(EngineState.LOST))
+        if len(requests) > self.max_queued_requests:
+            raise Refused(f"{len(requests)} sequences; at most {self.max_queued_requests} may wait")
         waiting = self._scheduler.num_waiting
         if waiting + len(requests) > self.max_queued_requests:
             raise QueueFull(f"{waiting} requests wait; the limit is {self.max_queued_requests}")

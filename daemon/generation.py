@@ -139,10 +139,14 @@ class Generation:
                     num_left -= delta.finish is not None
                     yield delta
         finally:
-            if num_left:
-                self._engine.abort(self._stream)
+            self.close()
             if self.observe is not None:
                 self.observe(self)
+
+    def close(self) -> None:
+        """Aborts what is left; also where nobody came to ask for `deltas`."""
+        if self._stream is not None and not all(choice.is_done for choice in self.choices):
+            self._engine.abort(self._stream)
 
     def _collect(self, events: Sequence[TokenEvent]) -> list[Delta]:
         deltas: dict[int, Delta] = {}

@@ -35,9 +35,12 @@ def tcp(host: str, port: int) -> socket.socket:
 
 def unix(path: Path, mode: int) -> socket.socket:
     """A bound, listening Unix socket with these permissions. A socket file that nobody listens on
-    is replaced. Raises ListenError."""
-    if path.exists() and _is_alive(path):
-        raise ListenError(f"{path} is in use by another process")
+    is replaced; any other file is left alone. Raises ListenError."""
+    if path.exists():
+        if not path.is_socket():
+            raise ListenError(f"cannot listen on {path}: it exists and is not a socket")
+        if _is_alive(path):
+            raise ListenError(f"{path} is in use by another process")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         path.unlink(missing_ok=True)
@@ -59,6 +62,8 @@ def _is_alive(path: Path) -> bool:
         probe.settimeout(1.0)
         try:
             probe.connect(str(path))
-        except OSError:
+        except (ConnectionRefusedError, FileNotFoundError):
             return False
+        except OSError:
+            return True  # its queue is full, say: somebody has it
     return True

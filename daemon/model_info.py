@@ -52,6 +52,12 @@ class ModelInfo:
     def read(self) -> None:
         """Reads the tokenizer and the defaults; takes a second for a large vocabulary. Raises
         TokenizerError."""
+        try:
+            self._read()
+        except OSError as error:
+            raise TokenizerError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+    def _read(self) -> None:
         has_tokenizer = any(
             (self.model_dir / name).exists() for name in ("tokenizer.json", "tiktoken.model")
         )

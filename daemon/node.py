@@ -6,6 +6,7 @@ bind sockets -> engine, supervisor, control, HTTP run -> signal -> drain -> stop
 
 import asyncio
 import contextlib
+import gc
 import signal
 import socket
 import sys
@@ -22,6 +23,7 @@ from . import config as configuration
 from . import listen, logs, status
 from .api import app
 from .api.openai import OpenAI
+from .api.protocol import Protocol
 from .config import Config, Overrides
 from .control import CommandFailed, Control
 from .engine import Engine, EngineState
@@ -40,6 +42,8 @@ SHUTDOWN_TIMEOUT_S = 1
 included, takes at most five seconds more than the drain."""
 SWITCH_INTERVAL_S = 0.0005
 """A busy Python thread otherwise holds the loop up for 5 ms at a time."""
+GC_THRESHOLDS = (50_000, 20, 50)
+"""A large body is many objects at once; the default of 700 looks at them again and again."""
 
 
 class Server(uvicorn.Server):
@@ -86,6 +90,8 @@ class Node:
         """Everything, until a signal ends it. Raises ListenError, TokenizerError, TemplateError,
         WorkerFailed."""
         sys.setswitchinterval(SWITCH_INTERVAL_S)
+        gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
         try:
             listeners, control = self._listen()
         except listen.ListenError as error:
@@ -182,10 +188,16 @@ class Node:
             raise listen.ListenError(
                 f"the runtime directory {self._runtime_dir} cannot be used: {error.strerror}"
             ) from error
-        control = listen.unix(configuration.control_socket(server), 0o600)
-        api = listen.unix(configuration.api_socket(server), 0o660)
         tcp = listen.tcp(server.host, server.port)
         self.port = tcp.getsockname()[1]
+        control = listen.unix(configuration.control_socket(server), 0o600)
+        try:
+            api = listen.unix(configuration.api_socket(server), 0o660)
+        except listen.ListenError:
+            configuration.control_socket(server).unlink()
+            raise
+        for stale in self._runtime_dir.glob("worker-*.sock"):
+            stale.unlink()  # of a daemon that was killed: control.sock is ours, so it is gone
         return [tcp, api], control
 
     def addresses(self) -> list[str]:
@@ -213,7 +225,7 @@ class Node:
         )
         settings = uvicorn.Config(
             app.build(openai, metrics, self.health),
-            http="h11",
+            http=Protocol,
             ws="none",
             lifespan="off",
             loop="none",
@@ -235,12 +247,13 @@ class Node:
         tokenizer = self.info.tokenizer
         if tokenizer is not None and tokenizer.chat_template:
             renderer = TemplateRenderer(tokenizer.chat_template, tokenizer.special_tokens)
+            self._renderer = renderer  # first, so that it is stopped if this is cancelled
             await renderer.start()
-            self._renderer = renderer
         self.info.is_loaded = True
         await self.engine.wait_ready()
         self._is_up.set()
-        self._announce()
+        if not self._stop.is_set():
+            self._announce()
         while True:
             self._say_serving()
             self._is_loading.clear()

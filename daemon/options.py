@@ -24,6 +24,10 @@ class Flag(NamedTuple):
     help: str
 
 
+def _choice(*values: str) -> click.Choice[str]:
+    return click.Choice(values)
+
+
 FLAGS = (
     Flag(("--host",), "server", "host", str, "Address to listen on."),
     Flag(("--port",), "server", "port", int, "TCP port; 0 takes any free one."),
@@ -31,9 +35,21 @@ FLAGS = (
     Flag(("--runtime-dir",), "server", "runtime_dir", str, "Directory of the sockets."),
     Flag(("--max-queued-requests",), "server", "max_queued_requests", int, "Waiting limit."),
     Flag(("--drain-timeout-s",), "server", "drain_timeout_s", float, "Longest drain, seconds."),
-    Flag(("--device",), "model", "device", str, "auto, cpu or cuda."),
-    Flag(("--dtype",), "model", "dtype", str, "auto, float32 or bfloat16."),
-    Flag(("--act-quant",), "model", "act_quant", str, "auto, none or fp8 (1x128 activations)."),
+    Flag(("--device",), "model", "device", _choice("auto", "cpu", "cuda"), "Where the model runs."),
+    Flag(
+        ("--dtype",),
+        "model",
+        "dtype",
+        _choice("auto", "float32", "bfloat16"),
+        "Of activations and KV.",
+    ),
+    Flag(
+        ("--act-quant",),
+        "model",
+        "act_quant",
+        _choice("auto", "none", "fp8"),
+        "Of activations, 1x128.",
+    ),
     Flag(("--max-seq-len",), "model", "max_seq_len", int, "Longest prompt and answer together."),
     Flag(("--max-batch-size",), "engine", "max_batch_size", int, "Sequences that run at once."),
     Flag(("--max-num-tokens",), "engine", "max_num_tokens", int, "Tokens in one step."),
@@ -46,12 +62,24 @@ FLAGS = (
         float,
         "Share of the free GPU memory for KV.",
     ),
-    Flag(("--kv-cache-dtype",), "engine", "kv_cache_dtype", str, "auto or fp8."),
+    Flag(
+        ("--kv-cache-dtype",),
+        "engine",
+        "kv_cache_dtype",
+        _choice("auto", "fp8"),
+        "Of the KV cache.",
+    ),
     Flag(("--tp-size", "--tp"), "parallel", "tp_size", int, "Tensor-parallel ranks."),
     Flag(("--ep-size", "--ep"), "parallel", "ep_size", int, "Expert-parallel ranks."),
     Flag(("--pp-size", "--pp"), "parallel", "pp_size", int, "Pipeline stages."),
-    Flag(("--log-level",), "log", "level", str, "debug, info, warning or error."),
-    Flag(("--log-format",), "log", "format", str, "auto, json or console."),
+    Flag(
+        ("--log-level",),
+        "log",
+        "level",
+        _choice("debug", "info", "warning", "error"),
+        "What to log.",
+    ),
+    Flag(("--log-format",), "log", "format", _choice("auto", "json", "console"), "How to log."),
 )
 SWITCHES = (
     Flag(("--enable-overlap-scheduler",), "engine", "enable_overlap_scheduler", bool,

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..ipc.channel import AsyncChannel
+from ..ipc.channel import AsyncChannel, ChannelError
 from ..ipc.messages import (
     PROTOCOL,
     Failed,
@@ -29,6 +29,7 @@ from ..ipc.messages import (
     ToWorker,
 )
 from . import logs
+from .config import worker_environment
 from .engine import Engine
 
 log = logs.get("supervisor")
@@ -37,8 +38,9 @@ MAX_REBUILDS = 3
 REBUILD_WINDOW_S = 600.0
 STEPS_THAT_FORGIVE = 1000
 """A worker that completed so many steps had not failed at once; its death does not count."""
-STOP_TIMEOUT_S = 10.0
-LAST_WORDS_S = 1.0
+STOP_TIMEOUT_S = 2.0
+LAST_WORDS_S = 0.2
+"""A dead worker's `Failed` is in our socket by then: it does not exit before it is sent."""
 WORKER_COMMAND = (sys.executable, "-P", "-m", "dsd.model.worker")
 
 
@@ -70,7 +72,8 @@ class Supervisor:
         """To the worker. A step for a worker that has just died is dropped: its rows end or join
         again when the loss is handled."""
         if self._channel is not None:
-            await self._channel.send(step)
+            with contextlib.suppress(ChannelError):
+                await self._channel.send(step)
 
     async def run(self, engine: Engine) -> None:
         """Keeps a worker alive. Raises WorkerFailed if that cannot be done."""
@@ -106,13 +109,18 @@ class Supervisor:
         process: Process | None = None
         try:
             process = await asyncio.create_subprocess_exec(
-                *self._command, address, "0", stdin=asyncio.subprocess.PIPE
+                *self._command,
+                address,
+                "0",
+                stdin=asyncio.subprocess.PIPE,
+                env=worker_environment(),
             )
             self._channel, self.worker_pid = channel, process.pid
             reader = asyncio.ensure_future(self._read(channel, engine, epoch))
             death = asyncio.ensure_future(process.wait())
             try:
                 await asyncio.wait({reader, death}, return_when=asyncio.FIRST_COMPLETED)
+                self._channel = None
                 if not reader.done():
                     await asyncio.wait({reader}, timeout=LAST_WORDS_S)
                 return reader.result() if reader.done() else _how_it_died(process)
@@ -130,26 +138,41 @@ class Supervisor:
     async def _read(
         self, channel: AsyncChannel[FromWorker, ToWorker], engine: Engine, epoch: int
     ) -> str:
-        """Hands on what the worker says, until it says that it failed."""
-        while True:
-            message = await channel.receive()
-            match message:
-                case StepOutput():
-                    engine.step_done(message)
-                case Progress():
-                    self._on_progress(message)
-                case Hello():
-                    if message.protocol not in (PROTOCOL, PROTOCOL - 1):
-                        raise WorkerFailed(
-                            f"the worker speaks protocol {message.protocol}, not {PROTOCOL}"
-                        )
-                    await channel.send(self._load(epoch))
-                case Ready():
-                    engine.worker_ready(message)
-                case Failed():
-                    if message.user_error:
-                        raise WorkerFailed(message.message)
-                    return message.message
+        """Hands on what the worker says, until it says that it failed or breaks the protocol."""
+        try:
+            while True:
+                why = await self._hand_on(await channel.receive(), channel, engine, epoch)
+                if why is not None:
+                    return why
+        except ChannelError as error:
+            return str(error)
+
+    async def _hand_on(
+        self,
+        message: FromWorker,
+        channel: AsyncChannel[FromWorker, ToWorker],
+        engine: Engine,
+        epoch: int,
+    ) -> str | None:
+        """Why the worker must go, if it must."""
+        match message:
+            case StepOutput():
+                engine.step_done(message)
+            case Progress():
+                self._on_progress(message)
+            case Hello():
+                if message.protocol not in (PROTOCOL, PROTOCOL - 1):
+                    raise WorkerFailed(
+                        f"the worker speaks protocol {message.protocol}, not {PROTOCOL}"
+                    )
+                await channel.send(self._load(epoch))
+            case Ready():
+                engine.worker_ready(message)
+            case Failed():
+                if message.user_error:
+                    raise WorkerFailed(message.message)
+                return message.message
+        return None
 
     async def _end(
         self, process: Process, channel: AsyncChannel[FromWorker, ToWorker], epoch: int
@@ -159,7 +182,8 @@ class Supervisor:
             return
         with contextlib.suppress(asyncio.CancelledError, TimeoutError):
             async with asyncio.timeout(STOP_TIMEOUT_S):
-                await channel.send(Stop(epoch))
+                with contextlib.suppress(ChannelError):
+                    await channel.send(Stop(epoch))
                 if process.stdin is not None:
                     process.stdin.close()
                 await process.wait()

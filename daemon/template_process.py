@@ -8,6 +8,7 @@ The daemon imports this file for the messages, so jinja2 is imported where it is
 """
 
 import json
+import os
 import resource
 import signal
 import sys
@@ -162,8 +163,11 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     child = Child()
     for request in requests(sys.stdin.buffer):
-        sys.stdout.buffer.write(frame(child.answer(request)))
-        sys.stdout.buffer.flush()
+        try:
+            sys.stdout.buffer.write(frame(child.answer(request)))
+            sys.stdout.buffer.flush()
+        except BrokenPipeError:
+            os._exit(0)  # the daemon has gone; an ordinary exit would flush, and complain
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ Out = TypeVar("Out")
 
 
 class ChannelError(Exception):
-    """The other side sent what the protocol does not allow."""
+    """The other side sent what the protocol does not allow, or is not there."""
 
 
 def _limit(socket: "zmq.Socket[Any]") -> None:
@@ -62,7 +62,12 @@ class AsyncChannel(Generic[In, Out]):
         self._socket.bind(address)
 
     async def send(self, message: Out) -> None:
-        await self._socket.send(self._codec.encode(message))
+        """Raises ChannelError if nobody takes it. Never waits: a sender that waits for a dead peer
+        would be cancelled by `close`. The pipeline is far below the high-water mark."""
+        try:
+            await self._socket.send(self._codec.encode(message), zmq.NOBLOCK)
+        except zmq.Again as error:
+            raise ChannelError("the other side is gone") from error
 
     async def receive(self) -> In:
         """The next message. Raises ChannelError for one that breaks the protocol."""

@@ -71,8 +71,8 @@ def gemm_nt(x: Tensor, w: Tensor) -> Tensor:
 
 
 def dequant_gemm_nt(x: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:
-    """The same for an fp8 weight with 128x128 scales, dequantised to x's dtype as it is used: a slab
-    of rows at a time, so that what is dequantised is still in the cache when it is multiplied."""
+    """The same for an fp8 weight with 128x128 scales, dequantised to x's dtype as it is used: a
+    slab of rows at a time, so that it is still in the cache when it is multiplied."""
     out = x.new_empty(x.shape[0], w.shape[0])
     for start in range(0, w.shape[0], SLAB_ROWS):
         rows = slice(start, start + SLAB_ROWS)

@@ -48,6 +48,8 @@ def main() -> None:
     with BlockingChannel[ToWorker, FromWorker](address, ToWorker) as channel:
         channel.send(Hello(PROTOCOL, os.getpid(), rank))
         load = channel.receive()
+        if isinstance(load, Stop):
+            return  # the daemon ends before it has begun
         assert isinstance(load, Load), load
         try:
             runner, ready = build(load, Reporter(channel, load.epoch))

@@ -137,6 +137,7 @@ def write_checkpoint(directory: Path, fields: dict[str, Any], seed: int = 0) -> 
     for number, shard in enumerate(shards(config, seed), start=1):
         name = f"model-{number:05d}.safetensors"
         save_file(shard, directory / name, metadata={"format": "pt"})
+        (directory / name).chmod(0o644)
         weight_map.update(dict.fromkeys(shard, name))
         total += sum(tensor.nbytes for tensor in shard.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -21,6 +21,8 @@ from .openai import OpenAI
 log = logs.get("api")
 Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
 MAX_REQUEST_ID = 128
+MAX_FIELDS = 64
+"""Header fields of a request."""
 
 
 class Endpoint:
@@ -68,7 +70,7 @@ def build(openai: OpenAI, metrics: Metrics, health: Callable[[], tuple[bool, str
         Route("/tokenize", Endpoint(openai.tokenize), methods=post),
         Route("/detokenize", Endpoint(openai.detokenize), methods=post),
     ]
-    handlers: Mapping[Any, Any] = {HTTPException: _http_error}
+    handlers: Mapping[Any, Any] = {HTTPException: _http_error, Exception: _fault}
     return Surroundings(Starlette(routes=routes, exception_handlers=handlers))
 
 
@@ -83,9 +85,14 @@ async def _http_error(request: HTTPRequest, error: Exception) -> Response:
     return ApiError(error.status_code, message, headers=headers).response()
 
 
+async def _fault(request: HTTPRequest, error: Exception) -> Response:
+    """Starlette sends this, and raises the error again for `Surroundings` to log."""
+    return ApiError(500, "the daemon failed to answer; its log has the reason").response()
+
+
 class Surroundings:
     """The outermost application: gives each answer its `x-request-id`, ends what a client left, and
-    turns a fault of ours into a 500 that shows nothing of it."""
+    logs a fault of ours, of which the client's 500 shows nothing."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -94,12 +101,17 @@ class Surroundings:
         if scope["type"] != "http":
             return
         request_id = _request_id(scope)
-        started = False
+        if len(scope["headers"]) > MAX_FIELDS:
+            error = ApiError(431, f"the head has more than {MAX_FIELDS} fields")
+            await error.response()(scope, receive, send)
+            return
+        is_complete = False
 
         async def send_with_id(message: Message) -> None:
-            nonlocal started
+            nonlocal is_complete
+            is_complete = not message.get("more_body", False)
             if message["type"] == "http.response.start":
-                started = True
+                is_complete = False
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
             await send(message)
 
@@ -109,10 +121,8 @@ class Surroundings:
             log.debug("client gone", path=scope["path"])
         except Exception:
             log.exception("request failed", path=scope["path"], request_id=request_id.decode())
-            if started:
+            if not is_complete:  # in the middle of a stream: it must not look complete
                 raise
-            error = ApiError(500, "the daemon failed to answer; its log has the reason")
-            await error.response()(scope, receive, send_with_id)
 
 
 def _request_id(scope: Scope) -> bytes:

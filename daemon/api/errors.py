@@ -20,6 +20,10 @@ _TYPES = {
 }
 
 
+MAX_MESSAGE_CHARS = 600
+"""What a client sent is quoted, but not without end."""
+
+
 class ApiError(Exception):
     """A request that is answered with an error status; `message` is one sentence."""
 
@@ -33,8 +37,8 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
-        self.param = param
+        self.message = _shorten(message)
+        self.param = None if param is None else _shorten(param)
         self.code = code
         self.headers = headers or {}
 
@@ -57,6 +61,10 @@ class ApiError(Exception):
             headers=self.headers,
             media_type="application/json",
         )
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= MAX_MESSAGE_CHARS else text[: MAX_MESSAGE_CHARS - 1] + "…"
 
 
 def retry_later(message: str, status: int = 503, after_s: int = 5) -> ApiError:

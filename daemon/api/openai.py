@@ -28,10 +28,15 @@ from .openai_types import (
 )
 
 Body = TypeVar("Body")
+MAX_COMMAS = 500_000
+"""Three for each token of the longest context. Millions of tiny values would hold the loop up while
+they are decoded, before any bound of their types is looked at."""
 
 
 def decode(raw: bytes, body_type: type[Body]) -> Body:
     """JSON to a typed body. Raises ApiError 400 that names the field or the byte."""
+    if raw.count(b",") > MAX_COMMAS:
+        raise invalid(f"the body has more than {MAX_COMMAS} commas; no context holds as much")
     try:
         return msgspec.json.decode(raw, type=body_type)
     except msgspec.ValidationError as error:
@@ -98,10 +103,13 @@ class OpenAI:
         async def work() -> None:
             answer = await prepared
             await self._start(answer.generation)
-            if body.stream:
-                await send_events(answer.events(), send)
-            else:
-                await send_response(json_response(await answer.whole()), scope, receive, send)
+            try:
+                if body.stream:
+                    await send_events(answer.events(), send)
+                else:
+                    await send_response(json_response(await answer.whole()), scope, receive, send)
+            finally:
+                answer.generation.close()
 
         await while_connected(receive, work())
 

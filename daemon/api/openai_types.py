@@ -18,7 +18,8 @@ MAX_LOGIT_BIAS = 1024
 MAX_STOP_TOKEN_IDS = 128
 MAX_PROMPTS = 256
 
-Ids = list[Annotated[int, Meta(ge=0, le=2**31 - 1)]]
+Id = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Ids = list[Id]
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_BYTES)]
 Stop = StopString | Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)] | None
 Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
@@ -35,7 +36,7 @@ class _Ignored(msgspec.Struct, kw_only=True):
     """Sent by OpenAI's clients, without a meaning here."""
 
     user: str | None = None
-    metadata: msgspec.Raw | None = None
+    metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
@@ -81,7 +82,7 @@ class Common(_Ignored, kw_only=True):
 class CompletionRequest(Common, forbid_unknown_fields=True, kw_only=True):
     """POST /v1/completions."""
 
-    prompt: str | Annotated[list[str | int | Ids], Meta(min_length=1)]
+    prompt: str | Annotated[list[str | Id | Ids], Meta(min_length=1)]
     logprobs: Logprobs | None = None
     echo: bool | None = False
     best_of: int | None = None

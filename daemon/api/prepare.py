@@ -16,6 +16,7 @@ from .openai_types import MAX_PROMPTS, MAX_STOP_BYTES, Common, CompletionRequest
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's, for /v1/completions."""
 SEED_MASK = 2**64 - 1
+MAX_ID_DIGITS = 10
 
 
 def require_loaded(info: ModelInfo) -> None:
@@ -60,6 +61,8 @@ async def completion_prompts(
 ) -> list[list[int]]:
     """Token ids of each prompt: text, ids, or a list of either. Raises ApiError."""
     prompt = body.prompt
+    if isinstance(prompt, list) and isinstance(prompt[0], int) and len(prompt) > MAX_PROMPTS:
+        check_length(len(prompt), ready)  # before millions of ids are looked at
     if isinstance(prompt, list) and all(isinstance(item, int) for item in prompt):
         return [_check_ids(prompt, ready)]
     prompts = [prompt] if isinstance(prompt, str) else prompt
@@ -84,6 +87,7 @@ async def encode(text: str, info: ModelInfo, add_special_tokens: bool) -> list[i
 
 
 def _check_ids(ids: Sequence[object], ready: Ready) -> list[int]:
+    check_length(len(ids), ready)
     for token_id in ids:
         if not isinstance(token_id, int) or not 0 <= token_id < ready.vocab_size:
             raise invalid(
@@ -133,10 +137,9 @@ def _masked(body: Common, eos_token_ids: frozenset[int], vocab_size: int) -> tup
 def _logit_bias(body: Common, vocab_size: int) -> tuple[tuple[int, float], ...]:
     pairs = []
     for key, bias in (body.logit_bias or {}).items():
-        if not key.isdecimal() or int(key) >= vocab_size:
-            raise invalid(
-                f"logit_bias names token {key!r}; the vocabulary has {vocab_size}", "logit_bias"
-            )
+        is_id = key.isascii() and key.isdecimal() and len(key) <= MAX_ID_DIGITS
+        if not is_id or int(key) >= vocab_size:
+            raise invalid(f"the vocabulary of {vocab_size} has no token {key[:32]!r}", "logit_bias")
         pairs.append((int(key), bias))
     return tuple(pairs)
 

@@ -108,11 +108,17 @@ class CompletionLogprobs:
             text = self._texts.text(entry.token_id)
             lists["tokens"].append(text)
             lists["token_logprobs"].append(entry.logprob)
-            top = {self._texts.text(token_id): value for token_id, value in entry.top}
-            lists["top_logprobs"].append(top if self._num_top else None)
+            lists["top_logprobs"].append(self._by_text(entry) if self._num_top else None)
             lists["text_offset"].append(self._offset)
             self._offset += len(text)
         return lists
+
+    def _by_text(self, entry: LogprobEntry) -> dict[str, float]:
+        """Tokens that are parts of characters have one text, U+FFFD: the best of them counts."""
+        values: dict[str, float] = {}
+        for token_id, value in entry.top:
+            values.setdefault(self._texts.text(token_id), value)
+        return values
 
 
 def join_logprobs(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,55 @@
+"""uvicorn's HTTP/1.1 protocol, and what it lacks: a deadline for the head of a request, and a
+client that leaves being noticed although it had sent bytes beyond its request."""
+
+import asyncio
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+HEAD_TIMEOUT_S = 10.0
+MAX_PIPELINED_BYTES = 64 * 1024
+
+
+class Protocol(H11Protocol):
+    """One connection."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._head_deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        state = self.conn.their_state
+        if state is h11.IDLE:
+            self._await_head()
+        else:
+            self._forget_head()
+        if state is h11.DONE and self.flow.read_paused:
+            self._read_on()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._forget_head()
+        super().connection_lost(exc)
+
+    def _read_on(self) -> None:
+        """uvicorn stops reading when bytes follow the request at hand, and would not see the
+        connection end then. They wait in h11's buffer, which is bounded here."""
+        waiting, _ = self.conn.trailing_data
+        if len(waiting) > MAX_PIPELINED_BYTES:
+            self.transport.close()
+        else:
+            self.flow.resume_reading()
+
+    def _await_head(self) -> None:
+        if self._head_deadline is None:
+            self._head_deadline = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.close)
+
+    def _forget_head(self) -> None:
+        if self._head_deadline is not None:
+            self._head_deadline.cancel()
+            self._head_deadline = None
