@@ -25,15 +25,18 @@ class ThinkingSplitter:
         ⎵⎵<think>  reasoning  </think>  content … to the end, whatever tags are in it
        └── opening ─┘└─ "reasoning" ──┘└─ "content" ─┘
 
-    The tags, and blanks before the opening one, are not emitted. R1-0528 writes `<think>` even
+    The tags, and blanks before the opening and after the closing one, are not emitted: the model
+    writes two line breaks there that no reader of an answer wants (DeepSeek's own API drops them). R1-0528 writes `<think>` even
     after a prompt that ends with it, so an opening tag is dropped there too.
     """
 
-    __slots__ = ("_held", "_kind", "_opening")
+    __slots__ = ("_at_answer", "_held", "_kind", "_opening")
 
     def __init__(self, starts_inside: bool) -> None:
         self._kind: Kind = "reasoning" if starts_inside else "content"
         self._opening = True
+        self._at_answer = False
+        """The closing tag was there, and since then only blanks."""
         self._held = ""
         """What may be the beginning of a tag (while opening: blanks before it, too)."""
 
@@ -50,11 +53,11 @@ class ThinkingSplitter:
         if self._opening:
             return []
         if self._kind == "content":
-            return _pieces("", text)
+            return _pieces("", self._answer(text))
         reasoning, tag, content = text.partition(CLOSE)
         if tag:
-            self._kind = "content"
-            return _pieces(reasoning, content)
+            self._kind, self._at_answer = "content", True
+            return _pieces(reasoning, self._answer(content))
         num_safe = len(text) - _num_partial(text, CLOSE)
         self._held = text[num_safe:]
         return _pieces(text[:num_safe], "")
@@ -64,6 +67,13 @@ class ThinkingSplitter:
         text, self._held = self._held, ""
         self._opening = False
         return [(self._kind, text)] if text else []
+
+    def _answer(self, text: str) -> str:
+        """The answer's text; its leading blanks are dropped."""
+        if self._at_answer:
+            text = text.lstrip()
+            self._at_answer = not text
+        return text
 
     def _open(self, text: str) -> str:
         """The text after the opening tag, if there is one; "" while that is not known."""

@@ -23,7 +23,7 @@ def split(chunks: list[str], inside: bool) -> tuple[str, str]:
     ("text", "inside", "reasoning", "content"),
     [
         ("answer", False, "", "answer"),
-        ("thought</think>\n\nanswer", True, "thought", "\n\nanswer"),
+        ("thought</think>\n\nanswer\n", True, "thought", "answer\n"),
         ("<think>thought</think>answer", False, "thought", "answer"),
         (" \n<think>thought</think>answer", False, "thought", "answer"),
         ("<think>\nthought</think>answer", True, "\nthought", "answer"),
