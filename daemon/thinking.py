@@ -26,8 +26,9 @@ class ThinkingSplitter:
        └── opening ─┘└─ "reasoning" ──┘└─ "content" ─┘
 
     The tags, and blanks before the opening and after the closing one, are not emitted: the model
-    writes two line breaks there that no reader of an answer wants (DeepSeek's own API drops them). R1-0528 writes `<think>` even
-    after a prompt that ends with it, so an opening tag is dropped there too.
+    writes two line breaks there that no reader of an answer wants (DeepSeek's own API drops them).
+    R1-0528 writes `<think>` even after a prompt that ends with it, so an opening tag is dropped
+    there too.
     """
 
     __slots__ = ("_at_answer", "_held", "_kind", "_opening")
