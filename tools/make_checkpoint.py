@@ -22,10 +22,11 @@ from torch import Tensor
 from ..kernels.quant import quantize_128x128
 from ..model import checkpoint
 from ..model.checkpoint import TensorSpec
-from ..model.config import ModelConfig
+from ..model.config import FP8_BLOCK, ModelConfig
 from .make_tokenizer import write_tokenizer
 
 SHARD_BYTES = 1 << 30
+SLAB_ROWS = 8 * FP8_BLOCK
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
 
@@ -105,11 +106,19 @@ def random_tensor(spec: TensorSpec, fp8: bool, generator: torch.Generator) -> di
         values = torch.randn(spec.shape, generator=generator) * 0.02 + centre
         return {spec.name: values if spec.kind == "float32" else values.bfloat16()}
     std = 1.0 if spec.target == "embed" else spec.shape[-1] ** -0.5
-    weight = torch.randn(spec.shape, generator=generator) * std
-    if spec.kind == "linear" and fp8:
-        q, scale = quantize_128x128(weight)
-        return {spec.name: q, f"{spec.name}_scale_inv": scale}
-    return {spec.name: weight.bfloat16()}
+    rows, width = spec.shape
+    quantised = spec.kind == "linear" and fp8
+    weight = torch.empty(spec.shape, dtype=torch.float8_e4m3fn if quantised else torch.bfloat16)
+    scale = torch.empty(checkpoint.scale_shape(spec.shape))
+    for start in range(0, rows, SLAB_ROWS):  # float32 copies of a whole weight are large
+        slab = torch.randn(min(SLAB_ROWS, rows - start), width, generator=generator) * std
+        if quantised:
+            slab, slab_scale = quantize_128x128(slab)
+            scale[start // FP8_BLOCK :][: len(slab_scale)] = slab_scale
+        weight[start : start + SLAB_ROWS] = slab
+    if quantised:
+        return {spec.name: weight, f"{spec.name}_scale_inv": scale}
+    return {spec.name: weight}
 
 
 def shards(config: ModelConfig, seed: int) -> Iterator[dict[str, Tensor]]:
