@@ -10,7 +10,7 @@ import uvloop
 
 from .. import __version__
 from . import config as configuration
-from . import demo_model, logs, options
+from . import logs, options
 from .config import Config, ConfigError, Overrides
 from .listen import ListenError
 from .supervisor import WorkerFailed
@@ -84,15 +84,6 @@ def _name_model(model: str | None, model_path: str | None, flags: Overrides) -> 
     flags.setdefault("model", {})["model_dir"] = directory
 
 
-def with_demo_model(config: Config, flags: Overrides) -> Config:
-    """Where no model is named: the one that comes with dsd."""
-    if config.model.model_dir:
-        return config
-    directory = demo_model.ensure(lambda text: click.echo(text, err=True))
-    flags.setdefault("model", {})["model_dir"] = str(directory)
-    return demo_model.replace_model_dir(config, directory)
-
-
 @click.group(context_settings=SETTINGS)
 @click.version_option(__version__, prog_name="dsd")
 def main() -> None:
@@ -113,7 +104,6 @@ def serve(model: str | None, config_path: Path | None, **values: Any) -> None:
     from .node import Node
 
     config, flags = configure(model, config_path, values)
-    config = with_demo_model(config, flags)
 
     async def work() -> None:
         await Node(config, config_path, flags).run()
@@ -141,8 +131,7 @@ def generate(model: str | None, config_path: Path | None, **values: Any) -> None
         prompts = offline.read_prompts(values["prompts"], values["prompt_file"])
     except offline.PromptError as error:
         raise UsageFault(str(error)) from error
-    config, flags = configure(model, config_path, values)
-    config = with_demo_model(config, flags)
+    config, _ = configure(model, config_path, values)
     job = offline.Job(
         prompts=prompts,
         max_tokens=values["max_tokens"],
@@ -156,11 +145,11 @@ def generate(model: str | None, config_path: Path | None, **values: Any) -> None
 @main.command()
 @click.option("--port", default=0, help="TCP port; 0 takes any free one.")
 def demo(port: int) -> None:
-    """Serve the model that comes with dsd, ask it a question over HTTP, and show the answer."""
+    """Serve the model that comes with dsd, ask it a few questions over HTTP, and show its thoughts
+    and answers."""
     from . import demo as demonstration
 
-    config, flags = configure(None, None, {"port": port, "level": "warning"})
-    config = with_demo_model(config, flags)
+    config, _ = configure(None, None, {"port": port, "level": "warning"})
     run(demonstration.show(config, click.echo))
 
 

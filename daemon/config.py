@@ -111,6 +111,9 @@ RELOADABLE = {
 }
 """What `dsctl reload` changes in place."""
 
+SHIPPED_MODEL = Path(__file__).resolve().parent.parent / "tools" / "tiny" / "dsd-tiny"
+"""The small trained model that comes with dsd."""
+
 Overrides = dict[str, dict[str, Any]]
 """section -> key -> value, as flags give them."""
 
@@ -129,6 +132,11 @@ def load(path: Path | None, overrides: Overrides) -> Config:
         raise ConfigError(_locate(path, str(error))) from error
     _check(config)
     return config
+
+
+def model_dir(model: ModelSection) -> Path:
+    """The checkpoint's directory; where nobody named one, the model that comes with dsd."""
+    return Path(model.model_dir) if model.model_dir else SHIPPED_MODEL
 
 
 def changes(old: Config, new: Config) -> list[tuple[str, str]]:
@@ -218,14 +226,6 @@ def control_socket(server: ServerConfig) -> Path:
 def worker_socket(server: ServerConfig, epoch: int) -> Path:
     """Of one life of the worker."""
     return runtime_dir(server) / f"worker-0.{epoch}.sock"
-
-
-def cache_dir() -> Path:
-    """Where generated files that can be made again are kept."""
-    for name in ("CACHE_DIRECTORY", "XDG_CACHE_HOME"):
-        if value := os.environ.get(name):
-            return Path(value.split(":")[0]) / ("" if name == "CACHE_DIRECTORY" else "dsd")
-    return Path.home() / ".cache" / "dsd"
 
 
 def worker_environment() -> dict[str, str]:

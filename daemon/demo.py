@@ -1,19 +1,37 @@
-"""`dsd demo`: the daemon, a question over HTTP, and the answer as it streams."""
+"""`dsd demo`: the daemon, questions over HTTP, and thoughts and answers as they stream."""
 
 import asyncio
 import http.client
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import msgspec
 
-from .config import Config
+from .config import Config, model_dir
 from .node import Node
 
-QUESTION = "Where is New York?"
-MAX_TOKENS = 48
+MAX_TOKENS = 200
+WEATHER = """\
+## Tools
+### get_weather
+Tell the weather in a city.
+Parameters: {"city": {"type": "string"}}"""
+STORY = (
+    "Ada lives in Paris. Ada is 37 years old. Ada works as a pilot. Ada likes the colour green.\n"
+    "Give a JSON object with name, age and city."
+)
+QUESTIONS: tuple[tuple[str, ...], ...] = (
+    ("What is 37 + 85?",),
+    ("Reverse: planet",),
+    (STORY,),
+    ("What is the weather in Lisbon?", WEATHER),
+)
+"""(question, system message if any)."""
+DIM, BOLD, PLAIN = "\x1b[2m", "\x1b[1m", "\x1b[0m"
 
 
 async def show(config: Config, say: Callable[[str], None]) -> None:
@@ -37,51 +55,71 @@ async def show(config: Config, say: Callable[[str], None]) -> None:
 
 
 async def _ask(node: Node, say: Callable[[str], None]) -> None:
+    started = node.started_at
     await node.wait_ready()
-    say(f"ready: {node.info.name} on http://127.0.0.1:{node.port}\n")
-    say(f"> {QUESTION}")
-    tokens = await asyncio.to_thread(_stream, node.port, node.info.name)
-    say(f"\n\n({tokens} tokens. The weights are random, so the words are too; the way is real:")
-    say(" HTTP, tokenizer, scheduler, ZeroMQ, worker, MLA and MoE layers, sampler, SSE.)")
+    seconds = time.time() - started
+    say(f"ready after {seconds:.1f} s: {node.info.name} on http://127.0.0.1:{node.port}")
+    for question, *system in QUESTIONS:
+        if system:
+            say(f"\n{_styled(DIM, system[0])}")
+        say(f"\n{_styled(BOLD, '> ' + question)}")
+        begun = time.monotonic()
+        tokens = await asyncio.to_thread(_answer, node.port, node.info.name, question, system)
+        speed = tokens / (time.monotonic() - begun)
+        say(_styled(DIM, f"\n({tokens} tokens, {speed:.0f} a second)"))
 
 
-def _stream(port: int, model: str) -> int:
-    """Asks over HTTP and prints the answer as it comes; returns how many tokens it had."""
+def _styled(style: str, text: str) -> str:
+    return f"{style}{text}{PLAIN}" if sys.stdout.isatty() else text
+
+
+def _answer(port: int, model: str, question: str, system: list[str]) -> int:
+    """Asks over HTTP and prints thoughts and answer as they come; returns how many tokens."""
+    messages = [{"role": "system", "content": text} for text in system]
+    messages.append({"role": "user", "content": question})
+    tokens, thinking = 0, False
+    for event in _stream(port, {"model": model, "messages": messages}):
+        tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
+        for choice in event["choices"]:
+            delta = choice["delta"]
+            if thought := delta.get("reasoning_content"):
+                thinking = True
+                sys.stdout.write(_styled(DIM, thought))
+            if content := delta.get("content"):
+                sys.stdout.write(("\n" if thinking else "") + content)
+                thinking = False
+            sys.stdout.flush()
+    return tokens
+
+
+def _stream(port: int, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     body = {
-        "model": model,
-        "messages": [{"role": "user", "content": QUESTION}],
+        **body,
         "max_tokens": MAX_TOKENS,
-        "temperature": 0.6,
-        "seed": 7,
+        "temperature": 0,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
     connection.request(
         "POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"}
     )
-    response = connection.getresponse()
-    tokens = 0
-    for line in response:
-        if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
-            continue
-        event = json.loads(line[6:])
-        tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
-        for choice in event["choices"]:
-            delta = choice["delta"]
-            sys.stdout.write(delta.get("reasoning_content") or delta.get("content") or "")
-            sys.stdout.flush()
+    for line in connection.getresponse():
+        if line.startswith(b"data: ") and not line.startswith(b"data: [DONE]"):
+            yield json.loads(line[6:])
     connection.close()
-    return tokens
 
 
 def _what_next(config: Config) -> str:
+    name = model_dir(config.model).name
+    command = sys.argv[0]
+    control = command.removesuffix("dsd") + "dsctl"
     return (
         "\nnext:\n"
-        "  dsd serve                          the same model, until Ctrl-C\n"
-        "  dsd serve /models/DeepSeek-V3      a checkpoint of yours\n"
-        "  dsctl status                       what it is doing\n"
-        "  curl http://localhost:8000/v1/completions -H 'Content-Type: application/json' \\\n"
-        f'    -d \'{{"model": "{config.model.model_dir.rsplit("/", 1)[-1]}", '
-        '"prompt": "Where is New York?", "max_tokens": 16}\''
+        f"  {command} serve                       the same model, until Ctrl-C\n"
+        f"  {command} serve /models/DeepSeek-V3   a checkpoint of yours\n"
+        f"  {control} status                    what it is doing\n"
+        "  curl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+        f'    -d \'{{"model": "{name}", "messages": [{{"role": "user", '
+        '"content": "Sort: 9 2 7"}]}\''
     )

@@ -68,7 +68,9 @@ class Node:
         self.started_at = time.time()
         self._config_path = config_path
         self._overrides = overrides or {}
-        self.info = ModelInfo(Path(config.model.model_dir), config.server.served_model_name)
+        self.info = ModelInfo(
+            configuration.model_dir(config.model), config.server.served_model_name
+        )
         self.progress: Progress | None = None
         self._notifier = Notifier(configuration.notify_socket())
         self._renderer: TemplateRenderer | None = None

@@ -24,60 +24,13 @@ from ..model import checkpoint
 from ..model.checkpoint import TensorSpec
 from ..model.config import FP8_BLOCK, ModelConfig
 from .make_tokenizer import write_tokenizer
+from .tiny.configuration import CONFIG, FP8
 
 SHARD_BYTES = 1 << 30
 SLAB_ROWS = 8 * FP8_BLOCK
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
-
-SMALL: dict[str, Any] = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "model_type": "deepseek_v3",
-    "vocab_size": 512,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "moe_intermediate_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-    "n_routed_experts": 16,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 4,
-    "n_group": 4,
-    "topk_group": 2,
-    "first_k_dense_replace": 1,
-    "moe_layer_freq": 1,
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "q_lora_rank": 128,
-    "kv_lora_rank": 256,
-    "qk_nope_head_dim": 64,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 64,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "tie_word_embeddings": False,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000,
-    "rope_scaling": {
-        "type": "yarn",
-        "factor": 40,
-        "original_max_position_embeddings": 4096,
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-    },
-    "max_position_embeddings": 4096,
-    "num_nextn_predict_layers": 0,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "torch_dtype": "bfloat16",
-    "quantization_config": {**FP8, "weight_block_size": [128, 128]},
-}
-"""DeepSeek-V3's shape in miniature: every mechanism is there, every size is small."""
+SMALL: dict[str, Any] = {**CONFIG, "quantization_config": FP8, "num_nextn_predict_layers": 0}
+"""The sizes of the model that comes with dsd: every mechanism is there, every size is small."""
 
 WIDE: dict[str, Any] = {
     **SMALL,
@@ -95,6 +48,11 @@ WIDE: dict[str, Any] = {
     "qk_nope_head_dim": 128,
     "v_head_dim": 128,
     "max_position_embeddings": 163840,
+    "rope_scaling": {
+        **CONFIG["rope_scaling"],
+        "factor": 40,
+        "original_max_position_embeddings": 4096,
+    },
 }
 """DeepSeek-V3's real width with two layers and eight experts."""
 

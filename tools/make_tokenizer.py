@@ -1,9 +1,10 @@
 """A small byte-level BPE tokenizer with DeepSeek's special tokens and an R1-style chat template."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 VISIBLE = (
@@ -42,11 +43,21 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_tokenizer(directory: Path, vocab_size: int) -> None:
+def write_tokenizer(
+    directory: Path,
+    vocab_size: int,
+    corpus: Sequence[str] = (),
+    chat_template: str = CHAT_TEMPLATE,
+    single_digits: bool = False,
+) -> None:
     """tokenizer.json and tokenizer_config.json. Ids 0, 1 and 2 are BOS, EOS and padding, as
-    published; the visible ones are the last. The corpus is enough for about 560 tokens."""
+    published; the visible ones are the last. The default corpus is enough for about 560 tokens."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Split(Regex(r"\p{N}"), "isolated")
+    tokenizer.pre_tokenizer = (
+        pre_tokenizers.Sequence([digits, byte_level]) if single_digits else byte_level
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(VISIBLE),
@@ -54,7 +65,7 @@ def write_tokenizer(directory: Path, vocab_size: int) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(CORPUS.splitlines(), trainer)
+    tokenizer.train_from_iterator(corpus or CORPUS.splitlines(), trainer)
     tokenizer.add_tokens([AddedToken(token, special=False) for token in VISIBLE])
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {
@@ -65,7 +76,7 @@ def write_tokenizer(directory: Path, vocab_size: int) -> None:
         "pad_token": PAD,
         "model_max_length": 4096,
         "tokenizer_class": "LlamaTokenizerFast",
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": chat_template,
     }
     text = json.dumps(settings, indent=2, ensure_ascii=False)
     (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")

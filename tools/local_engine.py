@@ -1,0 +1,73 @@
+"""Scheduler and runner in one process, without a daemon: for evaluations and tests of a model."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ..daemon.request import Request
+from ..daemon.scheduler import Scheduler
+from ..ipc.messages import Load, Sampling
+from ..model.worker import Reporter, build
+
+GREEDY = Sampling(temperature=0.0)
+
+
+class LocalEngine:
+    """A loaded model that turns lists of prompts into lists of answers."""
+
+    def __init__(
+        self,
+        model_dir: Path,
+        device: str = "auto",
+        dtype: str = "auto",
+        act_quant: str = "auto",
+        max_batch_size: int = 64,
+        max_num_tokens: int = 1024,
+        kv_cache_gb: float = 0.5,
+    ) -> None:
+        load = Load(
+            epoch=0,
+            model_dir=str(model_dir),
+            device=device,
+            dtype=dtype,
+            act_quant=act_quant,
+            max_batch_size=max_batch_size,
+            max_num_tokens=max_num_tokens,
+            max_seq_len=0,
+            block_size=64,
+            kv_cache_gb=kv_cache_gb,
+            kv_cache_free_gpu_memory_fraction=0.9,
+        )
+        self.runner, self.ready = build(load, Reporter(None, 0))
+        self.num_steps = 0
+
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        max_tokens: int,
+        stop_token_ids: frozenset[int],
+        sampling: Sampling = GREEDY,
+        progress: Callable[[int], None] = lambda finished: None,
+    ) -> list[list[int]]:
+        """Token ids for each prompt, the end token included."""
+        ready = self.ready
+        scheduler = Scheduler(
+            ready.max_batch_size,
+            ready.max_num_tokens,
+            ready.max_seq_len,
+            ready.num_blocks,
+            ready.block_size,
+            pipeline_depth=1,
+        )
+        requests = [
+            Request(str(i), ids, sampling, max_tokens, stop_token_ids)
+            for i, ids in enumerate(prompts)
+        ]
+        for request in requests:
+            scheduler.add(request)
+        while (step := scheduler.schedule()) is not None:
+            events = scheduler.update(self.runner.run(step))
+            self.num_steps += 1
+            if finished := sum(event.finish is not None for event in events):
+                progress(finished)
+        assert not scheduler.has_work
+        return [request.output_ids for request in requests]

@@ -1,0 +1,1 @@
+"""The small model that comes with dsd: its data, training, export and evaluation."""
