@@ -1,46 +1,368 @@
-"""Per-token work between the GEMMs: norms, activation, rope, embedding, cache store."""
+"""Per-token work between the GEMMs: norms, activation, rope, embedding, cache store.
 
+On the GPU every tensor of tokens has rows of unit stride; the rows may lie apart, so slices of
+wider tensors are read where they are. Arithmetic is float32, rounded where the twins round. A
+`*_quant` function equals its namesake followed by `quantize_1x128`.
+"""
+
+import torch
+import triton
+import triton.language as tl
 from torch import Tensor, dtype, float32
 
 from . import reference
+from .compat import has_fp8, runs_kernels
+from .quant import empty_scale, quantize_1x128, store_quantized
+
+SILU_GROUPS = 16
+"""Blocks of 128 of one token that one program activates."""
+ROPE_HEADS = 16
+"""Heads of one token that one program rotates, at most."""
+EMBED_BLOCK = 2048
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x: [T, N] -> [T, N] in x's dtype."""
+    """x: [T, N] -> [T, N] in x's dtype; weight: [N] float."""
     assert x.shape[-1] == weight.shape[0], (x.shape, weight.shape)
-    return reference.rms_norm(x, weight, eps)
+    if not runs_kernels(x):
+        return reference.rms_norm(x, weight, eps)
+    return _launch_norm(x, None, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x, residual: [T, N] -> rms_norm(x + residual), x + residual."""
     assert x.shape == residual.shape, (x.shape, residual.shape)
-    return reference.add_rms_norm(x, residual, weight, eps)
+    if not runs_kernels(x):
+        return reference.add_rms_norm(x, residual, weight, eps)
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return _launch_norm(x, residual, weight, eps, total), total
+
+
+def rms_norm_quant(
+    x: Tensor, weight: Tensor, eps: float, ue8m0: bool = False, scale_k_major: bool = False
+) -> tuple[Tensor, Tensor]:
+    """x: [T, N] -> q [T, N] float8_e4m3fn, scale [T, ceil(N/128)] float32 of its `rms_norm`."""
+    if not (runs_kernels(x) and has_fp8(x)):
+        return quantize_1x128(rms_norm(x, weight, eps), ue8m0, scale_k_major)
+    scale = empty_scale(x, x.shape[1], scale_k_major)
+    return _launch_norm(x, None, weight, eps, None, scale, ue8m0), scale
+
+
+def add_rms_norm_quant(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    ue8m0: bool = False,
+    scale_k_major: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x, residual: [T, N] -> q [T, N] float8_e4m3fn, scale [T, ceil(N/128)] float32 of
+    rms_norm(x + residual), and x + residual."""
+    if not (runs_kernels(x) and has_fp8(x)):
+        normed, total = add_rms_norm(x, residual, weight, eps)
+        return *quantize_1x128(normed, ue8m0, scale_k_major), total
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    scale = empty_scale(x, x.shape[1], scale_k_major)
+    return _launch_norm(x, residual, weight, eps, total, scale, ue8m0), scale, total
+
+
+def _launch_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    total: Tensor | None = None,
+    scale: Tensor | None = None,
+    ue8m0: bool = False,
+) -> Tensor:
+    """One program a token. Adds and writes `total` where there is a residual; quantises where there
+    is a scale."""
+    assert x.dim() == 2 and x.stride(1) == 1, (x.shape, x.stride())
+    assert weight.is_contiguous() and weight.shape == x.shape[1:], (weight.shape, x.shape)
+    if residual is not None:
+        assert residual.shape == x.shape and residual.dtype == x.dtype, (residual.dtype, x.dtype)
+        assert residual.stride(1) == 1, residual.stride()
+    width = x.shape[1]
+    groups = triton.next_power_of_2(triton.cdiv(width, reference.BLOCK))
+    out_dtype = x.dtype if scale is None else torch.float8_e4m3fn
+    out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    _norm[(x.shape[0],)](
+        x, residual, weight, out, total, scale, eps, x.stride(0),
+        0 if residual is None else residual.stride(0),
+        *((0, 0) if scale is None else scale.stride()), WIDTH=width, GROUPS=groups,
+        UE8M0=ue8m0, num_warps=norm_warps(groups)
+    )  # fmt: skip
+    return out
+
+
+def norm_warps(groups: int) -> int:
+    """Warps of a program that reduces so many blocks of 128: 32 elements a thread."""
+    return min(max(groups // 8, 1), 16)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """gate_up: [T, 2N], gate first -> [T, N]."""
-    assert gate_up.shape[-1] % 2 == 0, gate_up.shape
-    return reference.silu_mul(gate_up)
+    assert gate_up.dim() == 2 and gate_up.shape[1] % 2 == 0, gate_up.shape
+    if not runs_kernels(gate_up):
+        return reference.silu_mul(gate_up)
+    return _launch_silu(gate_up, None, False)
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: [T, H, P] or [T, P], cos and sin: [T, P/2] float32 -> x's shape and dtype."""
+def silu_mul_quant(
+    gate_up: Tensor, ue8m0: bool = False, scale_k_major: bool = False
+) -> tuple[Tensor, Tensor]:
+    """gate_up: [T, 2N], gate first -> q [T, N] float8_e4m3fn, scale [T, ceil(N/128)] float32."""
+    assert gate_up.dim() == 2 and gate_up.shape[1] % 2 == 0, gate_up.shape
+    if not (runs_kernels(gate_up) and has_fp8(gate_up)):
+        return quantize_1x128(silu_mul(gate_up), ue8m0, scale_k_major)
+    scale = empty_scale(gate_up, gate_up.shape[1] // 2, scale_k_major)
+    return _launch_silu(gate_up, scale, ue8m0), scale
+
+
+def _launch_silu(gate_up: Tensor, scale: Tensor | None, ue8m0: bool) -> Tensor:
+    assert gate_up.stride(1) == 1, gate_up.stride()
+    num_tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out_dtype = gate_up.dtype if scale is None else torch.float8_e4m3fn
+    out = torch.empty(num_tokens, width, dtype=out_dtype, device=gate_up.device)
+    _silu_mul[(num_tokens, triton.cdiv(width, SILU_GROUPS * reference.BLOCK))](
+        gate_up, out, scale, gate_up.stride(0),
+        *((0, 0) if scale is None else scale.stride()), WIDTH=width, GROUPS=SILU_GROUPS,
+        UE8M0=ue8m0
+    )  # fmt: skip
+    return out
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
+    """Rotates neighbouring pairs of the last dimension.
+
+    x: [T, H, P] or [T, P], unit stride in P, other strides free
+    cos, sin: [T, P/2] float32, contiguous
+    out: x's shape and dtype, the same strides allowed; must not overlap x; made if None
+    """
     assert cos.dtype == float32 and cos.shape == (x.shape[0], x.shape[-1] // 2), (
         cos.shape,
         x.shape,
     )
-    return reference.apply_rope(x, cos, sin)
+    assert sin.dtype == float32 and sin.shape == cos.shape, (sin.shape, cos.shape)
+    if not runs_kernels(x):
+        rotated = reference.apply_rope(x, cos, sin)
+        return rotated if out is None else out.copy_(rotated)
+    if out is None:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    assert out.shape == x.shape and out.dtype == x.dtype, (out.shape, x.shape, out.dtype)
+    assert x.stride(-1) == 1 and out.stride(-1) == 1, (x.stride(), out.stride())
+    assert cos.is_contiguous() and sin.is_contiguous(), (cos.stride(), sin.stride())
+    heads = x.shape[1] if x.dim() == 3 else 1
+    tile = min(triton.next_power_of_2(heads), ROPE_HEADS)
+    _rope[(x.shape[0], triton.cdiv(heads, tile))](
+        x, cos, sin, out, x.stride(0), x.stride(1) if x.dim() == 3 else 0, out.stride(0),
+        out.stride(1) if x.dim() == 3 else 0, num_heads=heads, WIDTH=x.shape[-1],
+        HEADS=tile, PAIRS=triton.next_power_of_2(x.shape[-1] // 2),
+        num_warps=max(tile // 4, 1)
+    )  # fmt: skip
+    return out
 
 
 def embedding(weight: Tensor, ids: Tensor, out_dtype: dtype) -> Tensor:
-    """weight: [V, N], ids: [T] integer -> [T, N] out_dtype."""
+    """weight: [V, N], contiguous, ids: [T] integer, all < V -> [T, N] out_dtype."""
     assert ids.dim() == 1, ids.shape
-    return reference.embedding(weight, ids, out_dtype)
+    if not runs_kernels(weight):
+        return reference.embedding(weight, ids, out_dtype)
+    assert weight.is_contiguous() and ids.is_contiguous(), (weight.stride(), ids.stride())
+    width = weight.shape[1]
+    out = torch.empty(ids.shape[0], width, dtype=out_dtype, device=weight.device)
+    grid = (ids.shape[0], triton.cdiv(width, EMBED_BLOCK))
+    _embedding[grid](weight, ids, out, WIDTH=width, BLOCK=EMBED_BLOCK)
+    return out
 
 
 def store_latent(cache: Tensor, kv_latent: Tensor, k_pe: Tensor, slot_mapping: Tensor) -> None:
-    """Writes [T, R] and [T, P] into cache [num_blocks, block_size, R + P] at slot_mapping: [T]
-    int64."""
+    """Writes a step's latents into the paged cache.
+
+    cache: [num_blocks, block_size, R + P], contiguous; slots that are not named stay as they are
+    kv_latent: [T, R] (normed), k_pe: [T, P] (rotated)
+    slot_mapping: [T] int64, block * block_size + offset; the slots of block 0 may repeat
+    """
     assert cache.is_contiguous() and cache.shape[-1] == kv_latent.shape[-1] + k_pe.shape[-1]
     assert slot_mapping.shape == kv_latent.shape[:1], (slot_mapping.shape, kv_latent.shape)
-    reference.store_latent(cache, kv_latent, k_pe, slot_mapping)
+    if not runs_kernels(cache):
+        reference.store_latent(cache, kv_latent, k_pe, slot_mapping)
+        return
+    assert kv_latent.stride(1) == 1 and k_pe.stride(1) == 1, (kv_latent.stride(), k_pe.stride())
+    assert slot_mapping.is_contiguous(), slot_mapping.stride()
+    rank, rope = kv_latent.shape[1], k_pe.shape[1]
+    _store_latent[kv_latent.shape[:1]](
+        cache, kv_latent, k_pe, slot_mapping, kv_latent.stride(0), k_pe.stride(0),
+        RANK=rank, ROPE=rope, RANK_BLOCK=triton.next_power_of_2(rank),
+        ROPE_BLOCK=triton.next_power_of_2(rope), num_warps=2
+    )  # fmt: skip
+
+
+def norm_rope_store(
+    kv_a: Tensor,
+    weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    cache: Tensor,
+    slot_mapping: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """What `rms_norm`, `apply_rope` and `store_latent` do to the output of kv_a, at once.
+
+    kv_a: [T, R + P], R = weight's length; cos, sin: [T, P/2] float32, contiguous
+    cache: [num_blocks, block_size, R + P], contiguous; slot_mapping: [T] int64
+    -> kv_latent [T, R], k_pe [T, P] in kv_a's dtype
+    """
+    rank = weight.shape[0]
+    rope = kv_a.shape[1] - rank
+    assert cache.is_contiguous() and cache.shape[-1] == rank + rope, (cache.shape, kv_a.shape)
+    assert cos.dtype == float32 and cos.shape == sin.shape == (kv_a.shape[0], rope // 2), cos.shape
+    assert slot_mapping.shape == kv_a.shape[:1], (slot_mapping.shape, kv_a.shape)
+    if not runs_kernels(cache):
+        kv_latent = reference.rms_norm(kv_a[:, :rank], weight, eps)
+        k_pe = reference.apply_rope(kv_a[:, rank:], cos, sin)
+        reference.store_latent(cache, kv_latent, k_pe, slot_mapping)
+        return kv_latent, k_pe
+    assert kv_a.stride(1) == 1 and weight.is_contiguous(), (kv_a.stride(), weight.stride())
+    assert cos.is_contiguous() and sin.is_contiguous() and slot_mapping.is_contiguous()
+    kv_latent = torch.empty(kv_a.shape[0], rank, dtype=kv_a.dtype, device=kv_a.device)
+    k_pe = torch.empty(kv_a.shape[0], rope, dtype=kv_a.dtype, device=kv_a.device)
+    _norm_rope_store[kv_a.shape[:1]](
+        kv_a, weight, cos, sin, cache, slot_mapping, kv_latent, k_pe, eps, kv_a.stride(0),
+        RANK=rank, ROPE=rope, RANK_BLOCK=triton.next_power_of_2(rank),
+        PAIRS=triton.next_power_of_2(rope // 2), num_warps=2
+    )  # fmt: skip
+    return kv_latent, k_pe
+
+
+@triton.jit
+def _weighted(x, weight, eps, WIDTH: tl.constexpr, dtype: tl.constexpr):
+    """x: float32, zero behind WIDTH -> x / rms(x) * weight, rounded before and after it."""
+    normed = (x * tl.rsqrt(tl.sum(x * x) / WIDTH + eps)).to(dtype).to(tl.float32)
+    return (normed * weight.to(dtype).to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def _norm(
+    x, residual, weight, out, total, scale, eps, x_stride, residual_stride, scale_token_stride,
+    scale_group_stride, WIDTH: tl.constexpr, GROUPS: tl.constexpr, UE8M0: tl.constexpr
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    group = tl.arange(0, GROUPS)
+    at = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+    mask = at < WIDTH
+    dtype: tl.constexpr = x.dtype.element_ty
+    value = tl.load(x + token * x_stride + at, mask, 0.0).to(tl.float32)
+    if residual is not None:
+        value += tl.load(residual + token * residual_stride + at, mask, 0.0).to(tl.float32)
+        rounded = value.to(dtype)
+        tl.store(total + token * WIDTH + at, rounded, mask)
+        value = rounded.to(tl.float32)
+    normed = _weighted(value, tl.load(weight + at, mask, 0.0), eps, WIDTH, dtype)
+    out += token * WIDTH
+    if scale is None:
+        tl.store(out + at, normed, mask)
+    else:
+        scale += token * scale_token_stride
+        store_quantized(normed.to(tl.float32), group, out, scale, scale_group_stride, WIDTH, UE8M0)
+
+
+@triton.jit
+def _silu_mul(
+    gate_up, out, scale, stride, scale_token_stride, scale_group_stride, WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr, UE8M0: tl.constexpr
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    at = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+    mask = at < WIDTH
+    dtype: tl.constexpr = gate_up.dtype.element_ty
+    gate = tl.load(gate_up + token * stride + at, mask, 0.0).to(tl.float32)
+    up = tl.load(gate_up + token * stride + WIDTH + at, mask, 0.0).to(tl.float32)
+    active = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    value = (active * up).to(dtype)
+    out += token * WIDTH
+    if scale is None:
+        tl.store(out + at, value, mask)
+    else:
+        scale += token * scale_token_stride
+        store_quantized(value.to(tl.float32), group, out, scale, scale_group_stride, WIDTH, UE8M0)
+
+
+@triton.jit
+def _rotated(x, cos, sin, HEADS: tl.constexpr, PAIRS: tl.constexpr):
+    """x: [HEADS, 2 * PAIRS] float32; cos, sin: [1, PAIRS]."""
+    even, odd = tl.split(tl.reshape(x, (HEADS, PAIRS, 2)))
+    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (HEADS, 2 * PAIRS))
+
+
+@triton.jit
+def _angles(cos, sin, token, WIDTH: tl.constexpr, PAIRS: tl.constexpr):
+    """A token's row of the tables, each [1, PAIRS]."""
+    pair = tl.arange(0, PAIRS)[None, :]
+    at = token * (WIDTH // 2) + pair
+    mask = pair < WIDTH // 2
+    return tl.load(cos + at, mask, 0.0), tl.load(sin + at, mask, 0.0)
+
+
+@triton.jit
+def _rope(
+    x, cos, sin, out, x_token_stride, x_head_stride, out_token_stride, out_head_stride,
+    num_heads, WIDTH: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    column = tl.arange(0, 2 * PAIRS)[None, :]
+    mask = (head < num_heads) & (column < WIDTH)
+    value = tl.load(x + token * x_token_stride + head * x_head_stride + column, mask, 0.0)
+    cosine, sine = _angles(cos, sin, token, WIDTH, PAIRS)
+    rotated = _rotated(value.to(tl.float32), cosine, sine, HEADS, PAIRS)
+    at = token * out_token_stride + head * out_head_stride + column
+    tl.store(out + at, rotated.to(value.dtype), mask)
+
+
+@triton.jit
+def _embedding(weight, ids, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(ids + token).to(tl.int64)
+    value = tl.load(weight + row * WIDTH + at, at < WIDTH)
+    tl.store(out + token * WIDTH + at, value.to(out.dtype.element_ty), at < WIDTH)
+
+
+@triton.jit
+def _store_latent(
+    cache, kv_latent, k_pe, slot_mapping, latent_stride, pe_stride, RANK: tl.constexpr,
+    ROPE: tl.constexpr, RANK_BLOCK: tl.constexpr, ROPE_BLOCK: tl.constexpr
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    entry = cache + tl.load(slot_mapping + token) * (RANK + ROPE)
+    at = tl.arange(0, RANK_BLOCK)
+    latent = tl.load(kv_latent + token * latent_stride + at, at < RANK)
+    tl.store(entry + at, latent.to(cache.dtype.element_ty), at < RANK)
+    at = tl.arange(0, ROPE_BLOCK)
+    rope = tl.load(k_pe + token * pe_stride + at, at < ROPE)
+    tl.store(entry + RANK + at, rope.to(cache.dtype.element_ty), at < ROPE)
+
+
+@triton.jit
+def _norm_rope_store(
+    kv_a, weight, cos, sin, cache, slot_mapping, kv_latent, k_pe, eps, stride,
+    RANK: tl.constexpr, ROPE: tl.constexpr, RANK_BLOCK: tl.constexpr, PAIRS: tl.constexpr
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    entry = cache + tl.load(slot_mapping + token) * (RANK + ROPE)
+    dtype: tl.constexpr = kv_a.dtype.element_ty
+    at = tl.arange(0, RANK_BLOCK)
+    mask = at < RANK
+    latent = tl.load(kv_a + token * stride + at, mask, 0.0).to(tl.float32)
+    latent = _weighted(latent, tl.load(weight + at, mask, 0.0), eps, RANK, dtype)
+    tl.store(kv_latent + token * RANK + at, latent, mask)
+    tl.store(entry + at, latent.to(cache.dtype.element_ty), mask)
+    column = tl.arange(0, 2 * PAIRS)[None, :]
+    inside = column < ROPE
+    value = tl.load(kv_a + token * stride + RANK + column, inside, 0.0).to(tl.float32)
+    cosine, sine = _angles(cos, sin, token, ROPE, PAIRS)
+    rotated = _rotated(value, cosine, sine, 1, PAIRS).to(dtype)
+    tl.store(k_pe + token * ROPE + column, rotated, inside)
+    tl.store(entry + RANK + column, rotated.to(cache.dtype.element_ty), inside)

@@ -1,0 +1,51 @@
+"""What differs by version of Triton (3.6 to 3.9) and by card."""
+
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import tma
+
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+tma_load = tma.async_load if VERSION >= (3, 8) else tma.async_copy_global_to_shared
+tma_store = tma.async_store if VERSION >= (3, 8) else tma.async_copy_shared_to_global
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+"""Of the threads of one partition; renamed in 3.7."""
+REINTERPRET_IS_PUBLIC = VERSION >= (3, 9)
+"""Else a shared-memory descriptor's `reinterpret` is `_reinterpret`."""
+LOW_REGISTERS = "--register-usage-level=0"
+"""`ptx_options` of a launch: keeps ptxas from hoisting every wgmma descriptor, which spills."""
+
+
+def runs_kernels(x: Tensor) -> bool:
+    """Whether a wrapper launches its kernel for x, rather than call the torch twin: on a GPU, and
+    on a CPU under Triton's interpreter (tests)."""
+    return x.is_cuda or triton.knobs.runtime.interpret
+
+
+def has_fp8(x: Tensor) -> bool:
+    """Tensor cores multiply e4m3; elsewhere Triton refuses the type."""
+    return not x.is_cuda or _capability(x.device) >= (8, 9)
+
+
+def has_wgmma(x: Tensor) -> bool:
+    """Hopper, and nothing else: wgmma and TMA as our Gluon kernels use them."""
+    return x.is_cuda and _capability(x.device) == (9, 0)
+
+
+def num_sms(x: Tensor) -> int:
+    """1 for a CPU tensor."""
+    return _num_sms(x.device) if x.is_cuda else 1
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@cache
+def _num_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,156 @@
+"""The small kernels compile for Hopper and Blackwell, without spills; no GPU is needed."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from dsd.kernels import fused, moe_route, quant, sample
+from dsd.tests.kernels.aot import MAX_SMEM, compile_kernel
+
+pytestmark = pytest.mark.slow
+
+VOCAB = 129280
+BF16, F32, FP8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
+I32, I64 = torch.int32, torch.int64
+
+
+def meta(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    """A stand-in with an aligned address, like everything that torch allocates."""
+    return torch.empty(shape or (64, 64), dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    kernel: Any
+    args: tuple[Any, ...]
+    constexprs: dict[str, Any]
+    num_warps: int = 4
+    also_blackwell: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+X, Q, S, W, LOGITS, IDS = (meta(dtype) for dtype in (BF16, FP8, F32, BF16, F32, I64))
+MASKS = (meta(I32), meta(torch.bool))
+ADJUST = (LOGITS, IDS, LOGITS, meta(I32), S, S, S, meta(I32), S, meta(I32), meta(I32), meta(I32))
+HIDDEN = {"WIDTH": 7168, "GROUPS": 64, "UE8M0": False}
+ROW = {"VOCAB": VOCAB, "PART": sample.PART}
+JOIN = {"PARTS": 64, "BLOCK": 64}
+
+CASES = [
+    Case(
+        "quantize",
+        quant._quantize,
+        (X, Q, S, 7168, 56, 1),
+        {"WIDTH": 7168, "GROUPS": quant.GROUPS, "UE8M0": True},
+        also_blackwell=True,
+    ),
+    Case(
+        "dequantize",
+        quant._dequantize,
+        (Q, S, X),
+        {"N": 32768, "K": 512, "ROWS": quant.DEQUANT_ROWS},
+    ),
+    Case("norm", fused._norm, (X, None, W, X, None, None, 1e-6, 576, 0, 0, 0), {**HIDDEN}, 8),
+    Case(
+        "add_norm_quant",
+        fused._norm,
+        (X, X, W, Q, X, S, 1e-6, 7168, 7168, 56, 1),
+        {**HIDDEN},
+        8,
+        also_blackwell=True,
+    ),
+    Case(
+        "silu_mul_quant",
+        fused._silu_mul,
+        (X, Q, S, 4096, 16, 1),
+        {"WIDTH": 2048, "GROUPS": fused.SILU_GROUPS, "UE8M0": False},
+    ),
+    Case(
+        "rope",
+        fused._rope,
+        (X, S, S, X, 24576, 192, 8192, 64),
+        {"num_heads": 128, "WIDTH": 64, "HEADS": fused.ROPE_HEADS, "PAIRS": 32},
+    ),
+    Case(
+        "norm_rope_store",
+        fused._norm_rope_store,
+        (X, W, S, S, X, IDS, X, X, 1e-6, 576),
+        {"RANK": 512, "ROPE": 64, "RANK_BLOCK": 512, "PAIRS": 32},
+        2,
+    ),
+    Case(
+        "store_latent",
+        fused._store_latent,
+        (X, X, X, IDS, 576, 576),
+        {"RANK": 512, "ROPE": 64, "RANK_BLOCK": 512, "ROPE_BLOCK": 64},
+        2,
+    ),
+    Case("embedding", fused._embedding, (X, IDS, X), {"WIDTH": 7168, "BLOCK": fused.EMBED_BLOCK}),
+    Case(
+        "gate",
+        moe_route._gate,
+        (S, S, IDS, S, 2.5),
+        {"GROUPS": 8, "SIZE": 32, "KEPT": 4, "TOP_K": 8, "NORM": True}
+        | {"GROUPS_BLOCK": 8, "SIZE_BLOCK": 32, "TOP_K_BLOCK": 8},
+        1,
+        also_blackwell=True,
+    ),
+    Case(
+        "gate of 384",
+        moe_route._gate,
+        (S, S, IDS, S, 2.5),
+        {"GROUPS": 1, "SIZE": 384, "KEPT": 1, "TOP_K": 8, "NORM": True}
+        | {"GROUPS_BLOCK": 1, "SIZE_BLOCK": 512, "TOP_K_BLOCK": 8},
+        1,
+    ),
+    *(
+        Case(f"permute {pairs}", moe_route._permute, (IDS, IDS, IDS, IDS, pairs), {"BLOCK": b}, w)
+        for pairs, (b, w) in ((p, moe_route.permute_tile(p)) for p in (512, 65536))
+    ),
+    Case("invert", moe_route._invert, (IDS, IDS, 512), {"BLOCK": 1024}),
+    Case(
+        "combine",
+        moe_route._combine,
+        (X, IDS, S, X, X, 7168),
+        {"WIDTH": 7168, "TOP_K": 8, "BLOCK": moe_route.COMBINE_BLOCK},
+    ),
+    Case("noise", sample._noise, (IDS, IDS, S), ROW),
+    Case(
+        "gumbel_argmax parts",
+        sample._argmax_parts,
+        (LOGITS, S, IDS, IDS, S, meta(I32), VOCAB),
+        ROW,
+        also_blackwell=True,
+    ),
+    Case("argmax join", sample._join_argmax, (S, meta(I32), IDS), JOIN, 1),
+    Case(
+        "filter",
+        sample._filter,
+        (LOGITS, IDS, S, S, LOGITS, VOCAB),
+        {"VOCAB": VOCAB, "BLOCK": sample.FILTER_BLOCK},
+        16,
+    ),
+    Case("sumexp parts", sample._sumexp_parts, (LOGITS, S, S, VOCAB), ROW),
+    Case("sumexp join", sample._join_sumexp, (S, S, S), JOIN, 1),
+    Case("penalise row", sample._penalise_row, (S, meta(I32), S, 0.5, 0.5, 1.1), ROW),
+    Case("count", sample._count, (IDS, meta(I32), 5000, 4000), {"BLOCK": 1024}),
+    Case(
+        "adjust",
+        sample._adjust,
+        (*ADJUST, IDS, IDS, *MASKS, VOCAB),
+        {"MAX_BIAS": 300, "MAX_MASKED": 16, **ROW},
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_small_kernel_compiles_without_spills(case: Case) -> None:
+    for arch in (90, 100) if case.also_blackwell else (90,):
+        report = compile_kernel(case.kernel, case.args, case.constexprs, arch, case.num_warps)
+        assert report.spills == 0, report
+        assert report.smem <= MAX_SMEM, report

@@ -1,0 +1,449 @@
+"""The small kernels on a GPU against their twins: V3's shapes, odd ones, slices of wider tensors,
+poison in all that must not be read; and each captured in a CUDA graph.
+
+Quantisation is compared by bits with the twin on the CPU: torch on CUDA divides by a constant as a
+multiplication with its reciprocal, and may be one bit off.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsd.kernels import fused, moe_route, quant, reference, reference_sample, sample
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+V3_VOCAB, HIDDEN, POISON = 129280, 7168, 2147480000
+BF16, F32 = torch.bfloat16, torch.float32
+KIND = {BF16: "bfloat16", F32: "float32"}
+"""Row of conftest's tolerance table."""
+NOISE_TOLERANCE = 4e-6
+"""Of two single-precision ways to compute log(-log1p(-u)); other random words differ by ~1."""
+
+
+@pytest.fixture(autouse=True)
+def _cuda() -> None:
+    torch.cuda.manual_seed(0)
+
+
+def rand(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.randn(shape, device="cuda", dtype=F32).to(dtype)
+
+
+def inside(x: Tensor, before: int = 64, after: int = 64) -> Tensor:
+    """x as a slice of a wider tensor of NaN."""
+    wide = x.new_full((*x.shape[:-1], before + x.shape[-1] + after), float("nan"))
+    wide[..., before : before + x.shape[-1]] = x
+    return wide[..., before : before + x.shape[-1]]
+
+
+def same_bits(actual: Tensor, expected: Tensor) -> None:
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    view = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[actual.element_size()]
+    got, want = (x.contiguous().cpu().view(view) for x in (actual, expected))
+    assert torch.equal(got, want), f"{(got != want).sum().item()} of {got.numel()} differ"
+
+
+def quantized(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
+    return reference.quantize_1x128(x.cpu(), ue8m0)
+
+
+@dataclass(frozen=True)
+class Case:
+    num_tokens: int
+    width: int
+    dtype: torch.dtype = BF16
+    ue8m0: bool = False
+
+
+CORRECTNESS = [
+    Case(1, HIDDEN),
+    Case(515, HIDDEN),
+    Case(64, 1536, ue8m0=True),
+    Case(128, 2048, F32),
+    Case(7, 18432),
+]
+CORNER = [Case(0, HIDDEN), Case(3, 1), Case(5, 300, F32, ue8m0=True)]
+
+
+@pytest.mark.parametrize("case", CORRECTNESS + CORNER, ids=str)
+def test_quantize_1x128_equals_its_twin_by_bits(case: Case) -> None:
+    decades = torch.linspace(-8, 8, case.num_tokens + 1, device="cuda")[1:, None]
+    x = inside((rand(case.num_tokens, case.width) * 10**decades).to(case.dtype))
+    k_major = case.num_tokens % 2 == 1
+    q, scale = quant.quantize_1x128(x, case.ue8m0, k_major)
+    for got, want in zip((q, scale), quantized(x, case.ue8m0), strict=True):
+        same_bits(got, want)
+    assert scale.stride() == (1, -(-case.num_tokens // 4) * 4) if k_major else scale.is_contiguous()
+
+
+def test_quantize_1x128_ue8m0_next_to_powers_of_two() -> None:
+    largest = 448 * torch.exp2(torch.arange(-20.0, 60.0))
+    largest = torch.cat((largest, torch.nextafter(largest, 2 * largest), largest * 0.99999994))
+    x = torch.zeros(len(largest), 128)
+    x[:, 17] = -largest
+    for got, want in zip(quant.quantize_1x128(x.cuda(), True), quantized(x, True), strict=True):
+        same_bits(got, want)
+
+
+@pytest.mark.parametrize("shape", [(32768, 512), (3, 300, 200)], ids=str)
+def test_dequantize_128x128_equals_its_twin_by_bits(shape: tuple[int, ...]) -> None:
+    q = (rand(*shape, dtype=F32) * 100).to(torch.float8_e4m3fn)
+    blocks = [-(-n // 128) for n in shape[-2:]]
+    scale = torch.rand(*shape[:-2], *blocks, device="cuda")
+    got = quant.dequantize_128x128(q, scale, BF16)
+    same_bits(got, reference.dequantize_128x128(q, scale, BF16))
+
+
+NORMS = [Case(1, HIDDEN), Case(515, HIDDEN), Case(64, 1536, ue8m0=True)]
+NORM_CORNER = [Case(0, HIDDEN), Case(5, 1000, F32)]
+
+
+@pytest.mark.parametrize("case", NORMS + NORM_CORNER, ids=str)
+def test_norms_equal_their_twins(case: Case, close) -> None:
+    shape = (case.num_tokens, case.width)
+    x, residual = (inside(rand(*shape, dtype=case.dtype) * 3) for _ in range(2))
+    weight, kind = rand(case.width, dtype=case.dtype), KIND[case.dtype]
+    close(fused.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6), kind)
+    normed, total = fused.add_rms_norm(x, residual, weight, 1e-6)
+    want, want_total = reference.add_rms_norm(x, residual, weight, 1e-6)
+    same_bits(total, want_total)
+    close(normed, want, kind)
+    q, scale, total = fused.add_rms_norm_quant(x, residual, weight, 1e-6, case.ue8m0, True)
+    same_bits(total, want_total)
+    if case.dtype == BF16:  # a float32 norm of another order of summation has other last bits
+        for got, want in zip((q, scale), quantized(normed, case.ue8m0), strict=True):
+            same_bits(got, want)
+    if case.ue8m0:  # one more kernel to compile: once is enough
+        same_bits(fused.rms_norm_quant(total, weight, 1e-6, True)[0], q)
+
+
+@pytest.mark.parametrize("case", [Case(515, 2048), Case(3, 18432, ue8m0=True), Case(4, 5, F32)])
+def test_silu_mul_equals_its_twin(case: Case, close) -> None:
+    gate_up = inside(rand(case.num_tokens, 2 * case.width, dtype=case.dtype) * 4)
+    active = fused.silu_mul(gate_up)
+    close(active, reference.silu_mul(gate_up), KIND[case.dtype])
+    for got, want in zip(
+        fused.silu_mul_quant(gate_up, case.ue8m0), quantized(active, case.ue8m0), strict=True
+    ):
+        same_bits(got, want)
+
+
+@pytest.mark.parametrize("lead", [(5, 128), (130, 16), (515,), (0, 4), (3, 20)], ids=str)
+def test_apply_rope_of_slices_equals_its_twin(lead: tuple[int, ...], close) -> None:
+    x, angle = inside(rand(*lead, 64), 128, 0), torch.rand(lead[0], 32, device="cuda") * 100
+    cos, sin = angle.cos(), angle.sin()
+    want = reference.apply_rope(x, cos, sin)
+    close(fused.apply_rope(x, cos, sin), want, "bfloat16")
+    q = torch.full((*lead, 576), float("nan"), device="cuda", dtype=BF16)
+    fused.apply_rope(x, cos, sin, q[..., 512:])
+    close(q[..., 512:], want, "bfloat16")
+    assert q[..., :512].isnan().all()
+
+
+def test_embedding_beyond_two_to_the_31_elements() -> None:
+    weight = torch.empty(300_000, HIDDEN, device="cuda", dtype=BF16)
+    ids = torch.tensor([299_999, 0, 299_999, 12345], device="cuda")
+    weight[ids] = rand(4, HIDDEN)
+    for dtype in (BF16, F32):
+        same_bits(fused.embedding(weight, ids, dtype), weight[ids].to(dtype))
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 77])
+def test_latent_stores_write_named_slots_alone(num_tokens: int, close) -> None:
+    kv_a, weight = inside(rand(num_tokens, 576)), rand(512)
+    angle = torch.rand(num_tokens, 32, device="cuda") * 100
+    slots = torch.randperm(50 * 64, device="cuda")[:num_tokens]
+    cache, want = torch.full((2, 50, 64, 576), float("nan"), device="cuda", dtype=BF16)
+    latent, k_pe = fused.norm_rope_store(kv_a, weight, 1e-6, angle.cos(), angle.sin(), cache, slots)
+    close(latent, reference.rms_norm(kv_a[:, :512], weight, 1e-6), "bfloat16")
+    close(k_pe, reference.apply_rope(kv_a[:, 512:], angle.cos(), angle.sin()), "bfloat16")
+    reference.store_latent(want, latent, k_pe, slots)
+    same_bits(cache, want)
+    cache.fill_(float("nan"))
+    fused.store_latent(cache, inside(latent), inside(k_pe), slots)
+    same_bits(cache, want)
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [
+        (256, 8, 4, 8, True, 2.5),
+        (384, 1, 1, 8, True, 2.827),
+        (64, 1, 1, 6, False, 2.446),
+        (12, 3, 2, 5, True, 1.0),
+        (8, 8, 3, 3, True, 1.0),
+        (512, 8, 2, 16, True, 1.0),
+    ],
+    ids=str,
+)
+def test_moe_gate_chooses_what_its_twin_does(gate: tuple, close) -> None:
+    """By the worth of the choice: the scores of two experts may differ in their last bit alone."""
+    logits, bias = rand(300, gate[0], dtype=F32) * 2, rand(gate[0], dtype=F32) * 0.1 - 1
+    ids, weights = moe_route.moe_gate(logits, bias, *gate[1:])
+    want_ids, want_weights = reference.moe_gate(logits, bias, *gate[1:])
+    worth = logits.sigmoid() + bias
+    close(worth.gather(1, ids), worth.gather(1, want_ids), "float32")
+    close(weights, want_weights, "float32")
+    assert (ids == want_ids).float().mean() > 0.99
+    assert (ids.sort(dim=1).values.diff(dim=1) > 0).all(), "distinct experts"
+
+
+def test_moe_gate_ties_go_to_the_lowest_index() -> None:
+    logits = torch.zeros(4, 256, device="cuda")
+    logits[1, 100:110] = 1.0
+    logits[2] = float("nan")
+    logits[3] = float("-inf")
+    ids, _ = moe_route.moe_gate(logits, torch.zeros(256, device="cuda"), 8, 4, 8, True, 2.5)
+    first = list(range(8))
+    assert ids.tolist() == [first, list(range(100, 108)), first, first]
+
+
+@pytest.mark.parametrize("n_experts", [256, 384])
+@pytest.mark.parametrize("num_tokens", [0, 1, 64, 1000])
+def test_permute_by_expert_equals_its_twin(num_tokens: int, n_experts: int) -> None:
+    ids = torch.rand(num_tokens, n_experts, device="cuda").argsort(dim=1)[:, :8].contiguous()
+    for topk_ids in (ids, torch.full_like(ids, n_experts - 1), ids % 3):
+        order, counts, place = moe_route.permute_both_ways(topk_ids, n_experts)
+        want_order, want_counts = reference.permute_by_expert(topk_ids, n_experts)
+        assert torch.equal(order, want_order) and torch.equal(counts, want_counts)
+        assert torch.equal(order[place], torch.arange(8 * num_tokens, device="cuda"))
+
+
+@pytest.mark.parametrize("case", [Case(130, HIDDEN), Case(0, HIDDEN), Case(5, 1000, F32)], ids=str)
+def test_combine_experts_equals_its_twin(case: Case, close) -> None:
+    y = inside(rand(8 * case.num_tokens, case.width, dtype=case.dtype))
+    order = torch.randperm(8 * case.num_tokens, device="cuda")
+    weights = torch.rand(case.num_tokens, 8, device="cuda")
+    shared = rand(case.num_tokens, case.width, dtype=case.dtype)
+    want, kind = reference.combine_experts(y, order, weights), KIND[case.dtype]
+    close(moe_route.combine_experts(y, order, weights), want, kind)
+    close(moe_route.combine_experts(y, order, weights, None, shared), want + shared, kind)
+
+
+SEEDS = [0, -1, (1 << 63) - 1, -(1 << 63), 123456789123456789]
+POSITIONS = [0, 163839, (1 << 31) + 7, 5, 1]
+
+
+def field() -> tuple[Tensor, Tensor]:
+    return torch.tensor(SEEDS, device="cuda"), torch.tensor(POSITIONS, device="cuda")
+
+
+@pytest.mark.parametrize("vocab_size", [V3_VOCAB, 3])
+def test_gumbel_noise_is_its_twins_field(vocab_size: int) -> None:
+    got = sample.gumbel_noise(*field(), vocab_size).cpu()
+    want = reference_sample.gumbel_noise(*(x.cpu() for x in field()), vocab_size)
+    torch.testing.assert_close(got, want, rtol=NOISE_TOLERANCE, atol=NOISE_TOLERANCE)
+
+
+@pytest.mark.parametrize("vocab_size", [V3_VOCAB, 5003])
+def test_gumbel_argmax_takes_the_best_of_logits_and_noise(vocab_size: int) -> None:
+    logits = inside(rand(5, vocab_size, dtype=F32) * 3)
+    heat = torch.tensor([1.0, 0.6, 1e-6, 0.0, 5.0], device="cuda")
+    chosen = sample.gumbel_argmax(logits, heat, *field())
+    noisy = logits / heat[:, None] + reference_sample.gumbel_noise(*field(), vocab_size)
+    noisy = torch.where(heat[:, None] > 0, noisy, logits)
+    found = noisy.gather(1, chosen[:, None]).squeeze(1)
+    assert (found >= noisy.max(dim=1).values - 1e-4).all() and chosen.dtype == torch.int64
+    assert chosen[3] == logits[3].argmax()
+
+
+def test_argmax_takes_the_first_of_equals_and_an_index_that_exists() -> None:
+    logits = torch.zeros(4, V3_VOCAB, device="cuda")
+    logits[0, [4000, 129279, 70000]] = 1.0
+    logits[1] = float("nan")
+    logits[2] = float("-inf")
+    logits[3, -1] = 1.0
+    assert sample.argmax(logits).tolist() == [4000, 0, 0, V3_VOCAB - 1]
+
+
+@pytest.mark.parametrize("num_top", [0, 20])
+def test_top_logprobs_equal_their_twins(num_top: int, close) -> None:
+    logits = inside(rand(4, V3_VOCAB, dtype=F32) * 5)
+    logits[1, : V3_VOCAB // 2] = float("-inf")
+    chosen = torch.tensor([0, V3_VOCAB - 1, 70000, 5], device="cuda")
+    got = sample.top_logprobs(logits, chosen, num_top)
+    want = reference_sample.top_logprobs(logits, chosen, num_top)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("vocab_size", "spread"), [(5003, 2.0), (V3_VOCAB, 8.0)])
+def test_filter_logits_equals_its_twin_on_the_cpu(vocab_size: int, spread: float) -> None:
+    logits = inside(rand(6, vocab_size, dtype=F32) * spread)
+    top_k = torch.tensor([0, 5, 0, 0, 40, 1])
+    top_p, min_p = torch.tensor([1, 1, 0.9, 1, 0.8, 0]), torch.tensor([0, 0, 0, 0.1, 0.01, 0])
+    got = sample.filter_logits(logits, top_k.cuda(), top_p.cuda(), min_p.cuda()).cpu()
+    want = reference_sample.filter_logits(logits.cpu(), top_k, top_p, min_p)
+    wrong = (got.isfinite() != want.isfinite()).sum(dim=1)
+    assert (wrong <= 1).all(), f"{wrong=}: only a sum that just meets top-p may be rounded away"
+    kept = got.isfinite() & want.isfinite()
+    assert torch.equal(got[kept], want[kept])
+
+
+def test_filter_logits_keeps_the_first_of_equals() -> None:
+    logits = torch.zeros(2, V3_VOCAB, device="cuda")
+    logits[:, -1] = 1.0
+    top_k, off = torch.tensor([20_000, 0], device="cuda"), torch.zeros(2, device="cuda")
+    kept = sample.filter_logits(logits, top_k, torch.tensor([1, 0.5], device="cuda"), off)
+    count = kept.isfinite().sum(dim=1).tolist()
+    assert count[0] == 20_000 and count[1] == pytest.approx(V3_VOCAB / 2, abs=40)
+    for row in range(2):
+        assert kept[row, : count[row] - 1].isfinite().all() and kept[row, -1] == 1.0
+
+
+def adjustments(rows: int, ids: Tensor) -> sample.Adjustments:
+    """Row 0 of `rows` adjusts nothing, and reads nothing; row 1 everything but the bitmask; row 2
+    repetition alone, and the bitmask."""
+
+    def ints(*values: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.tensor(values + (0,) * (rows - 3), device="cuda", dtype=dtype)
+
+    def floats(*values: float) -> Tensor:
+        return torch.tensor(values + (1.0,) * (rows - 3), device="cuda")
+
+    def poisoned(width: int) -> Tensor:
+        return torch.full((rows, width), POISON, device="cuda", dtype=torch.int32)
+
+    counts, bias_ids, masked_ids = poisoned(V3_VOCAB), poisoned(300), poisoned(8)
+    for row in (1, 2):
+        sample.count_tokens(ids[row], 400, counts[row])
+    bias = torch.full((rows, 300), float("nan"), device="cuda")
+    bias_ids[1, :2] = torch.tensor([7, V3_VOCAB - 1])
+    bias[1, :2] = torch.tensor([-3.0, 5.0])
+    masked_ids[1, :2] = torch.tensor([9, 2050])
+    bitmask = poisoned(V3_VOCAB // 32)
+    bitmask[2] = torch.randint(-(1 << 31), (1 << 31) - 1, bitmask[2].shape, device="cuda")
+    return sample.Adjustments(
+        counts=counts,
+        presence_penalty=floats(0.0, 0.5, 0.0),
+        frequency_penalty=floats(0.0, 0.25, 0.0),
+        repetition_penalty=floats(1.0, 1.5, 0.8),
+        bias_ids=bias_ids,
+        bias=bias,
+        num_bias=ints(0, 2, 0),
+        masked_ids=masked_ids,
+        num_masked=ints(8, 2, 0),
+        num_tokens=ints(600, 600, 600, dtype=torch.int64),
+        mask_until=ints(600, 601, 0, dtype=torch.int64),
+        bitmask=bitmask,
+        has_bitmask=ints(0, 0, 1, dtype=torch.bool),
+    )
+
+
+def test_adjust_logits_equals_penalties_bias_and_masks() -> None:
+    ids = torch.randint(0, 300, (3, 600), device="cuda")
+    state, logits = adjustments(3, ids), inside(rand(4, V3_VOCAB, dtype=F32))
+    lines = torch.tensor([2, 0, 1, 0], device="cuda")
+    want = logits.clone()
+    want[2] = reference_sample.apply_penalties(logits[2], ids[1], 400, 0.5, 0.25, 1.5)
+    want[0] = reference_sample.apply_penalties(logits[0], ids[2], 400, 0.0, 0.0, 0.8)
+    alone = sample.apply_penalties(logits[2], ids[1], 400, 0.5, 0.25, 1.5)
+    torch.testing.assert_close(alone, want[2], rtol=1e-5, atol=1e-5)
+    bits = (state.bitmask[2][:, None] >> torch.arange(32, device="cuda")) & 1
+    want[0][bits.flatten() == 0] = float("-inf")
+    want[2, [7, V3_VOCAB - 1]] += torch.tensor([-3.0, 5.0], device="cuda")
+    want[2, [9, 2050]] = float("-inf")
+    got = sample.adjust_logits(logits, lines, state)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+Op = Callable[..., Tensor | tuple[Tensor, ...] | None]
+
+
+def graph_ops() -> dict[str, tuple[Op, Callable[[], tuple[Tensor, ...]]]]:
+    """Name -> the op, and fresh inputs for it; an op that writes in place returns what it wrote."""
+    weight, w64 = rand(HIDDEN), rand(512)
+
+    def ints(high: int, *shape: int) -> Tensor:
+        return torch.randint(0, high, shape, device="cuda")
+
+    def rows(width: int) -> Callable[[], tuple[Tensor, ...]]:
+        return lambda: (rand(16, width),)
+
+    def logits(vocab: int = 5003) -> Tensor:
+        return rand(16, vocab, dtype=F32)
+
+    def store(kv_a: Tensor, cos: Tensor, sin: Tensor, slots: Tensor) -> tuple[Tensor, ...]:
+        cache = torch.zeros(4, 64, 576, device="cuda", dtype=BF16)
+        both = fused.norm_rope_store(kv_a, w64, 1e-6, cos, sin, cache, slots)
+        fused.store_latent(cache, *both, 255 - slots)
+        return cache, *both
+
+    def route(scores: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        bias = torch.zeros(256, device="cuda")
+        ids, weights = moe_route.moe_gate(scores, bias, 8, 4, 8, True, 2.5)
+        order, counts = moe_route.permute_by_expert(ids, 256)
+        return ids, weights, order, counts, moe_route.combine_experts(y, order, weights)
+
+    def angles() -> tuple[Tensor, Tensor]:
+        return torch.rand(16, 32, device="cuda"), torch.rand(16, 32, device="cuda")
+
+    seeds = lambda: (ints(1 << 40, 16), ints(1 << 20, 16))  # noqa: E731
+    state = adjustments(3, ints(300, 3, 600))
+    return {
+        "quantize": (lambda x: quant.quantize_1x128(x), rows(HIDDEN)),
+        "norm": (lambda x: fused.rms_norm(x, weight, 1e-6), rows(HIDDEN)),
+        "add_norm_quant": (
+            lambda x, y: fused.add_rms_norm_quant(x, y, weight, 1e-6),
+            lambda: (rand(16, HIDDEN), rand(16, HIDDEN)),
+        ),
+        "silu": (lambda x: (fused.silu_mul(x), *fused.silu_mul_quant(x)), rows(4096)),
+        "rope": (fused.apply_rope, lambda: (rand(16, 20, 64), *angles())),
+        "embedding": (
+            lambda i: fused.embedding(weight.view(-1, 64), i, BF16),
+            lambda: (ints(99, 7),),
+        ),
+        "store": (
+            store,
+            lambda: (rand(16, 576), *angles(), torch.randperm(128, device="cuda")[:16]),
+        ),
+        "route": (route, lambda: (rand(16, 256, dtype=F32), rand(128, HIDDEN))),
+        "draw": (
+            lambda x, seed, at: sample.gumbel_argmax(x, torch.ones(16, device="cuda"), seed, at),
+            lambda: (logits(), *seeds()),
+        ),
+        "logprobs": (lambda x, i: sample.top_logprobs(x, i, 5), lambda: (logits(), ints(5003, 16))),
+        "filter": (
+            sample.filter_logits,
+            lambda: (logits(), ints(50, 16), *torch.rand(2, 16, device="cuda")),
+        ),
+        "penalties": (
+            lambda x, ids: sample.apply_penalties(x, ids, 100, 0.5, 0.5, 1.2),
+            lambda: (rand(5003, dtype=F32), ints(300, 500)),
+        ),
+        "adjust": (
+            lambda x, lines: sample.adjust_logits(x, lines, state),
+            lambda: (logits(V3_VOCAB), ints(3, 16)),
+        ),
+    }
+
+
+OP_NAMES = ["quantize", "norm", "add_norm_quant", "silu", "rope", "embedding", "store", "route"]
+OP_NAMES += ["draw", "logprobs", "filter", "penalties", "adjust"]
+
+
+@pytest.mark.parametrize("name", OP_NAMES)
+def test_replayed_graph_with_changed_inputs_equals_eager(name: str) -> None:
+    op, make = graph_ops()[name]
+    inputs = make()
+    op(*inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = op(*inputs)
+    for _ in range(2):
+        for static, fresh in zip(inputs, make(), strict=True):
+            static.copy_(fresh)
+        graph.replay()
+        eager = op(*inputs)
+        pairs = (
+            [(captured, eager)] if isinstance(eager, Tensor) else zip(captured, eager, strict=True)
+        )
+        for got, want in pairs:
+            assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))

@@ -1,0 +1,314 @@
+"""The small kernels against their twins in Triton's interpreter: right arithmetic and indices, on
+a machine without a GPU. Outside the interpreter one test runs this file again inside it."""
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+
+from dsd.kernels import fused, moe_route, quant, reference, reference_sample, sample
+from dsd.tests.kernels.interpreter import patch, run_interpreted
+
+pytestmark = pytest.mark.slow
+
+INTERPRET = triton.knobs.runtime.interpret
+if INTERPRET:
+    patch()
+else:
+
+    def test_small_kernels_in_the_interpreter_equal_their_twins() -> None:
+        run_interpreted(__file__)
+
+
+interpreted = pytest.mark.skipif(not INTERPRET, reason="run by the test above")
+BF16 = torch.bfloat16
+
+
+def same_bits(actual: Tensor, expected: Tensor) -> None:
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    view = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[actual.element_size()]
+    assert torch.equal(actual.contiguous().view(view), expected.contiguous().view(view))
+
+
+@interpreted
+@pytest.mark.parametrize("ue8m0", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("width", [128, 300, 2200])
+def test_quantize_1x128(width: int, dtype: torch.dtype, ue8m0: bool) -> None:
+    x = (torch.randn(3, width + 8) * torch.logspace(-6, 6, 3)[:, None]).to(dtype)[:, :width]
+    want = reference.quantize_1x128(x, ue8m0)
+    for k_major in (False, True):
+        q, scale = quant.quantize_1x128(x, ue8m0, k_major)
+        same_bits(q, want[0])
+        same_bits(scale, want[1])
+
+
+@interpreted
+def test_quantize_1x128_ue8m0_at_powers_of_two() -> None:
+    largest = 448 * torch.exp2(torch.arange(-8.0, 8.0))
+    largest = torch.cat((largest, torch.nextafter(largest, largest * 2), largest * 0.99999994))
+    x = torch.zeros(len(largest), 128)
+    x[:, 7] = -largest
+    for got, want in zip(
+        quant.quantize_1x128(x, True), reference.quantize_1x128(x, True), strict=True
+    ):
+        same_bits(got, want)
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [(128, 256), (130, 257), (2, 3, 200, 100)], ids=str)
+def test_dequantize_128x128(shape: tuple[int, ...]) -> None:
+    q = (torch.randn(shape) * 100).to(torch.float8_e4m3fn)
+    scale = torch.rand(*shape[:-2], -(-shape[-2] // 128), -(-shape[-1] // 128))
+    for dtype in (torch.float32, BF16):
+        same_bits(
+            quant.dequantize_128x128(q, scale, dtype), reference.dequantize_128x128(q, scale, dtype)
+        )
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("width", [128, 576, 1000])
+def test_norms(width: int, dtype: torch.dtype, close) -> None:
+    x, residual = torch.randn(2, 2, width + 8).to(dtype)[..., :width]
+    weight = torch.randn(width).to(dtype)
+    kind = "float32" if dtype == torch.float32 else "bfloat16"
+    close(fused.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6), kind)
+    normed, total = fused.add_rms_norm(x, residual, weight, 1e-6)
+    want, want_total = reference.add_rms_norm(x, residual, weight, 1e-6)
+    same_bits(total, want_total)
+    close(normed, want, kind)
+    for ue8m0 in (False, True):
+        q, scale, total = fused.add_rms_norm_quant(x, residual, weight, 1e-6, ue8m0)
+        same_bits(total, want_total)
+        want_q, want_scale = reference.quantize_1x128(normed, ue8m0)
+        same_bits(q, want_q)
+        same_bits(scale, want_scale)
+        same_bits(fused.rms_norm_quant(total, weight, 1e-6, ue8m0)[0], want_q)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("width", [5, 256, 2100])
+def test_silu_mul(width: int, dtype: torch.dtype, close) -> None:
+    gate_up = (torch.randn(2, 2 * width) * 4).to(dtype)
+    active = fused.silu_mul(gate_up)
+    close(active, reference.silu_mul(gate_up), "float32" if dtype == torch.float32 else "bfloat16")
+    for got, want in zip(
+        fused.silu_mul_quant(gate_up), reference.quantize_1x128(active), strict=True
+    ):
+        same_bits(got, want)
+
+
+@interpreted
+@pytest.mark.parametrize("heads", [None, 1, 3, 20])
+@pytest.mark.parametrize("width", [2, 6, 64])
+def test_rope_of_slices(heads: int | None, width: int, close) -> None:
+    lead = (3,) if heads is None else (3, heads)
+    x = torch.randn(*lead, width + 5).to(BF16)[..., 5:]
+    angle = torch.rand(3, width // 2) * 100
+    want = reference.apply_rope(x, angle.cos(), angle.sin())
+    close(fused.apply_rope(x, angle.cos(), angle.sin()), want, "bfloat16")
+    wide = torch.full((*lead, width + 4), float("nan"), dtype=BF16)
+    fused.apply_rope(x, angle.cos(), angle.sin(), wide[..., 2:-2])
+    close(wide[..., 2:-2], want, "bfloat16")
+    assert wide[..., :2].isnan().all() and wide[..., -2:].isnan().all()
+
+
+@interpreted
+def test_embedding() -> None:
+    weight, ids = torch.randn(11, 2500).to(BF16), torch.tensor([10, 0, 3, 3])
+    for dtype in (BF16, torch.float32):
+        same_bits(fused.embedding(weight, ids, dtype), reference.embedding(weight, ids, dtype))
+
+
+@interpreted
+def test_latent_stores(close) -> None:
+    kv_a, weight = torch.randn(3, 48 + 12).to(BF16), torch.randn(48).to(BF16)
+    angle, slots = torch.rand(3, 6) * 100, torch.tensor([9, 31, 16])
+    cache, want = torch.full((2, 4, 8, 60), float("nan"), dtype=BF16)
+    latent, k_pe = fused.norm_rope_store(kv_a, weight, 1e-6, angle.cos(), angle.sin(), cache, slots)
+    close(latent, reference.rms_norm(kv_a[:, :48], weight, 1e-6), "bfloat16")
+    close(k_pe, reference.apply_rope(kv_a[:, 48:], angle.cos(), angle.sin()), "bfloat16")
+    reference.store_latent(want, latent, k_pe, slots)
+    same_bits(cache, want)
+    cache.fill_(float("nan"))
+    fused.store_latent(cache, latent, k_pe, slots)
+    same_bits(cache, want)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("n_experts", "n_group", "topk_group", "top_k"),
+    [(256, 8, 4, 8), (384, 1, 1, 8), (64, 1, 1, 6), (8, 8, 3, 3), (12, 3, 2, 5), (30, 5, 5, 30)],
+)
+def test_moe_gate(n_experts: int, n_group: int, topk_group: int, top_k: int, close) -> None:
+    logits, bias = torch.randn(5, n_experts) * 2, torch.randn(n_experts) * 0.3 - 1
+    for norm in (False, True):
+        arguments = (bias, n_group, topk_group, top_k, norm, 2.5)
+        ids, weights = moe_route.moe_gate(logits, *arguments)
+        want_ids, want_weights = reference.moe_gate(logits, *arguments)
+        assert torch.equal(ids, want_ids)
+        close(weights, want_weights, "float32")
+
+
+@interpreted
+def test_moe_gate_of_ties_and_nans_names_distinct_experts() -> None:
+    logits = torch.zeros(3, 12)
+    logits[1] = float("nan")
+    logits[2] = float("-inf")
+    ids, _ = moe_route.moe_gate(logits, torch.zeros(12), 3, 2, 5, True, 1.0)
+    assert ids.tolist() == [[0, 1, 2, 3, 4]] * 3
+
+
+@interpreted
+@pytest.mark.parametrize("num_tokens", [0, 1, 700])
+def test_permute_and_combine(num_tokens: int, close) -> None:
+    ids = torch.rand(num_tokens, 12).argsort(dim=1)[:, :3].contiguous()
+    order, counts, place = moe_route.permute_both_ways(ids, 12)
+    want_order, want_counts = reference.permute_by_expert(ids, 12)
+    assert torch.equal(order, want_order) and torch.equal(counts, want_counts)
+    assert torch.equal(order[place], torch.arange(3 * num_tokens))
+    y, weights = torch.randn(3 * num_tokens, 20).to(BF16)[:40], torch.rand(num_tokens, 3)[:13]
+    if num_tokens == 700:
+        ids, y = ids[:13], y[:39]
+        order, _, place = moe_route.permute_both_ways(ids, 12)
+    shared = torch.randn(len(weights), 20).to(BF16)
+    want = reference.combine_experts(y, order, weights)
+    close(moe_route.combine_experts(y, order, weights), want, "bfloat16")
+    close(moe_route.combine_experts(y, order, weights, place, shared), want + shared, "bfloat16")
+
+
+SEEDS = torch.tensor([0, -1, (1 << 63) - 1, 123456789123456789])
+POSITIONS = torch.tensor([0, 163839, (1 << 31) + 7, 5])
+
+
+@interpreted
+@pytest.mark.parametrize("vocab_size", [3, 2048, 5001])
+def test_gumbel_noise_is_the_twins(vocab_size: int) -> None:
+    """Noise of different random words differs by far more than this."""
+    got = sample.gumbel_noise(SEEDS, POSITIONS, vocab_size)
+    want = reference_sample.gumbel_noise(SEEDS, POSITIONS, vocab_size)
+    torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-6)
+
+
+@interpreted
+def test_argmax_and_gumbel_argmax() -> None:
+    logits = torch.randn(4, 5001)
+    logits[:, 100:] = float("-inf")
+    logits[3, 17] = logits[3, 55] = 9.0
+    assert sample.argmax(logits).tolist() == logits.argmax(dim=-1).tolist()
+    logits[0, 3] = float("nan")
+    heat = torch.tensor([0.7, 1.3, 1e-6, 0.0])
+    got = sample.gumbel_argmax(logits, heat, SEEDS, POSITIONS)
+    noise = reference_sample.gumbel_noise(SEEDS, POSITIONS, 5001)
+    want = (logits / heat[:, None] + noise)[:3].nan_to_num(nan=float("-inf")).argmax(dim=-1)
+    assert got.tolist() == [*want.tolist(), 17]
+    assert sample.argmax(torch.full((1, 5001), float("nan"))).tolist() == [0]
+
+
+@interpreted
+def test_top_logprobs(close) -> None:
+    logits = torch.randn(3, 5001) * 5
+    logits[:, 2048:4096] = float("-inf")
+    chosen = torch.tensor([0, 5000, 77])
+    got, want = (module.top_logprobs(logits, chosen, 4) for module in (sample, reference_sample))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("penalties", [(0, 0, 1.0), (0.5, -1.5, 1.3), (2.0, 1.0, 0.7)], ids=str)
+def test_apply_penalties(penalties: tuple[float, float, float]) -> None:
+    logits, token_ids = torch.randn(2100), torch.randint(0, 60, (1500,))
+    got = sample.apply_penalties(logits, token_ids, 1100, *penalties)
+    want = reference_sample.apply_penalties(logits, token_ids, 1100, *penalties)
+    torch.testing.assert_close(got, want)
+
+
+@interpreted
+def test_adjust_logits_reads_the_lines_row_and_nothing_else() -> None:
+    vocab, poison = 2100, 2147480000
+    ids = [torch.randint(0, vocab, (90,)) for _ in range(3)]
+    ids[1][:20] = ids[1][40:60]
+    counts = torch.zeros(3, vocab, dtype=torch.int32)
+    for row in range(3):
+        sample.count_tokens(ids[row], 40, counts[row])
+    counts[0] = poison  # its penalties are off
+    bias_ids = torch.full((3, 4), poison, dtype=torch.int32)
+    bias_ids[1, :2] = torch.tensor([7, 2099])
+    bias = torch.full((3, 4), float("nan"))
+    bias[1, :2] = torch.tensor([-3.0, 5.0])
+    masked_ids = torch.tensor([[3, poison], [9, 2050], [4, 5]], dtype=torch.int32)
+    bitmask = torch.full((3, 66), poison, dtype=torch.int32)
+    bitmask[2] = torch.randint(-(1 << 31), (1 << 31) - 1, (66,))
+    state = sample.Adjustments(
+        counts=counts,
+        presence_penalty=torch.tensor([0.0, 0.5, 0.0]),
+        frequency_penalty=torch.tensor([0.0, 0.25, 0.0]),
+        repetition_penalty=torch.tensor([1.0, 1.5, 0.8]),
+        bias_ids=bias_ids,
+        bias=bias,
+        num_bias=torch.tensor([0, 2, 0], dtype=torch.int32),
+        masked_ids=masked_ids,
+        num_masked=torch.tensor([1, 2, 2], dtype=torch.int32),
+        num_tokens=torch.tensor([90, 90, 90]),
+        mask_until=torch.tensor([90, 91, 0]),
+        bitmask=bitmask,
+        has_bitmask=torch.tensor([False, False, True]),
+    )
+    logits = torch.randn(2, 4, vocab)[0]
+    want = logits.clone()
+    for line, row in enumerate([2, 0, 1, 0]):
+        if row:
+            options = ((0.5, 0.25, 1.5), (0.0, 0.0, 0.8))[row - 1]
+            want[line] = reference_sample.apply_penalties(logits[line], ids[row], 40, *options)
+    bits = (bitmask[2][:, None] >> torch.arange(32)) & 1
+    want[0][bits.flatten()[:vocab] == 0] = float("-inf")
+    want[2, 7] -= 3.0
+    want[2, 2099] += 5.0
+    want[2, [9, 2050]] = float("-inf")
+    got = sample.adjust_logits(logits, torch.tensor([2, 0, 1, 0]), state)
+    torch.testing.assert_close(got, want)
+
+
+FILTERS = [
+    (0, 1.0, 0.0),
+    (1, 1.0, 0.0),
+    (5, 1.0, 0.0),
+    (9999, 1.0, 0.0),
+    (0, 0.0, 0.0),
+    (0, 0.3, 0.0),
+    (0, 0.9, 0.0),
+    (0, 0.999, 0.0),
+    (0, 1.0, 0.05),
+    (0, 1.0, 1.0),
+    (7, 0.8, 0.1),
+    (40, 0.95, 0.0),
+    (0, 1e-6, 0.5),
+]
+
+
+@interpreted
+@pytest.mark.parametrize("spread", [0.5, 3.0, 30.0])
+def test_filter_logits(spread: float) -> None:
+    logits = torch.randn(len(FILTERS), 300) * spread
+    logits[:, 200:205] = float("-inf")
+    top_k, top_p, min_p = (torch.tensor(column) for column in zip(*FILTERS, strict=True))
+    got = sample.filter_logits(logits, top_k, top_p, min_p)
+    want = reference_sample.filter_logits(logits, top_k, top_p, min_p)
+    assert torch.equal(got, want)
+
+
+@interpreted
+def test_filter_logits_keeps_the_first_of_equals() -> None:
+    logits = torch.zeros(4, 9000)
+    logits[:, 8999] = 1.0
+    logits[3] = float("-inf")
+    top_k = torch.tensor([4, 0, 8999, 3])
+    top_p, min_p = torch.tensor([1.0, 0.5, 1.0, 0.5]), torch.zeros(4)
+    kept = sample.filter_logits(logits, top_k, top_p, min_p).isfinite()
+    half = -(-(8999 + 2.718281828) * 0.5 // 1) - 3  # tokens of weight 1 besides the best
+    assert kept.sum(dim=1).tolist() == [4, pytest.approx(half + 1, abs=2), 8999, 0]
+    for row, count in enumerate(kept.sum(dim=1).tolist()[:3]):
+        assert kept[row, : count - 1].all() and kept[row, 8999]
