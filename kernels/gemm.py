@@ -1,9 +1,21 @@
-"""Linear maps: `w` is [N, K] as checkpoints store it ("nt": row-major times transposed)."""
+"""Linear maps: `w` is [N, K] as checkpoints store it ("nt": row-major times transposed).
 
+Which kernel computes a map is decided here and in `moe_gemm.launch`, by shapes and card alone.
+"""
+
+import torch
 from torch import Tensor, float8_e4m3fn
 
-from . import reference
+from . import moe_gemm, reference
+from .bf16_gemm import gemm_nt
+from .compat import has_wgmma, runs_kernels
+from .fp8_gemm import fp8_gemm_nt_dense, tma_ready
+from .fp8_gemm_dot import dequant_gemm_nt, fp8_gemm_nt_dot
+from .fp8_gemm_swap import fp8_gemm_nt_swap
 from .quant import quantize_1x128
+
+SWAP_MAX_TOKENS = 128
+"""From here on the tokens fill the large operand of wgmma."""
 
 
 def linear(
@@ -16,13 +28,46 @@ def linear(
     """
     assert x.dim() == 2 and x.shape[1] == w.shape[1], (x.shape, w.shape)
     if w_scale is None:
-        return reference.gemm_nt(x, w)
+        return gemm_nt(x, w)
     assert w.dtype == float8_e4m3fn, w.dtype
     assert w_scale.shape == tuple(-(-n // reference.BLOCK) for n in w.shape), w_scale.shape
+    x = adjacent(x)
     if not act_quant:
-        return reference.dequant_gemm_nt(x, w, w_scale)
-    q, q_scale = quantize_1x128(x, ue8m0)
-    return reference.fp8_gemm_nt(q, q_scale, w, w_scale, x.dtype)
+        return dequant_gemm_nt(x, w, w_scale)
+    q, q_scale = quantize_1x128(x, ue8m0, scale_k_major=has_wgmma(x))
+    return fp8_gemm_nt(q, q_scale, w, w_scale, x.dtype)
+
+
+def fp8_gemm_nt(
+    x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, out_dtype: torch.dtype
+) -> Tensor:
+    """e4m3 x e4m3, partial sums of 128 promoted to float32 with both scales.
+
+    x: [T, K] float8_e4m3fn, x_scale: [T, ceil(K/128)] float32 (fastest as a view of [G, T], see
+    `fp8_gemm.k_major`), w: [N, K] float8_e4m3fn, w_scale: [ceil(N/128), ceil(K/128)] float32
+    -> [T, N] out_dtype.
+    """
+    if not runs_kernels(x):
+        return reference.fp8_gemm_nt(x, x_scale, w, w_scale, out_dtype)
+    (m, n), fast = (x.shape[0], w.shape[0]), has_wgmma(x) and out_dtype == torch.bfloat16
+    out = torch.empty(m, n, dtype=out_dtype, device=x.device)
+    if not out.numel():
+        return out
+    if not (fast and tma_ready(x) and tma_ready(w) and tma_ready(out)):
+        return fp8_gemm_nt_dot(x, x_scale, w, w_scale, out)
+    run = fp8_gemm_nt_swap if streams_weight(m, n) else fp8_gemm_nt_dense
+    return run(x, x_scale, w, w_scale, out)
+
+
+def streams_weight(m: int, n: int) -> bool:
+    """Few tokens, or a weight so small that the dense kernel's tiles would leave SMs idle."""
+    tiles = -(-m // 128) * -(-n // 64)
+    return m <= SWAP_MAX_TOKENS or (m <= 4 * SWAP_MAX_TOKENS and tiles <= 33)
+
+
+def adjacent(x: Tensor) -> Tensor:
+    """Rows may be strided; what is within a row may not."""
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def grouped_linear(
@@ -39,13 +84,12 @@ def grouped_linear(
     None; counts: [E] int64, summing to M; empty groups are allowed. -> [M, N] in x's dtype.
     """
     assert w.dim() == 3 and counts.shape == (w.shape[0],), (w.shape, counts.shape)
-    out = x.new_empty(x.shape[0], w.shape[1])
-    start = 0
-    for expert, count in enumerate(counts.tolist()):
-        if count:
-            rows = slice(start, start + count)
-            scale = None if w_scale is None else w_scale[expert]
-            out[rows] = linear(x[rows], w[expert], scale, act_quant, ue8m0)
-            start += count
-    assert start == x.shape[0], (start, x.shape)
-    return out
+    x, offsets = adjacent(x), counts.cumsum(0)
+    out = torch.empty(x.shape[0], w.shape[1], dtype=x.dtype, device=x.device)
+    # On a GPU this would wait for it.
+    assert x.is_cuda or int(counts.sum()) == x.shape[0], (counts, x.shape)
+    if w_scale is None or not act_quant:
+        w = w.to(x.dtype) if w_scale is None else w
+        return moe_gemm.grouped_gemm_nt_contiguous(x, w, offsets, out, w_scale)
+    q, q_scale = quantize_1x128(x, ue8m0, scale_k_major=has_wgmma(x))
+    return moe_gemm.grouped_fp8_gemm_nt_contiguous(q, q_scale, w, w_scale, offsets, out)

@@ -1,0 +1,248 @@
+"""fp8 GEMM with block scales for few tokens: bound by the bytes of the weight, for Hopper.
+
+Weights are wgmma's operand of 64 rows, tokens its narrow one (8 ... 128), so that nothing is
+padded to 64 tokens. A block of threads streams 64 rows of w over a piece of K: one warp loads
+(TMA), one warpgroup multiplies. Pieces of K leave float32 partial sums in L2; the block that comes
+last adds them in order, so the result is the same every time.
+
+Launched with programmatic dependence: the ring is filled with weights, which no kernel before this
+one writes, while that kernel still runs; everything else waits for its end.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from . import reference
+from .compat import barrier, num_sms, tma_load
+from .fp8_gemm import check, fma, k_major
+
+MAX_COUNTERS = 4096
+MAX_REGISTERS = {8: 64, 16: 64, 32: 96, 64: 128, 128: 168}
+"""By tokens of a tile: so that two blocks fit an SM, where shared memory lets them."""
+
+
+class Plan(NamedTuple):
+    tokens: int
+    stages: int
+    split: int
+
+
+def choose_plan(m: int, n: int, k: int, sms: int) -> Plan:
+    """Measured at 1, 16, 64 and 128 tokens for 2112x7168, 4096x7168, 7168x2048 and 7168x16384 (N x
+    K) on an H100; between them by the number of blocks. A short ring wins where the weight is
+    small: its weights are all under way before the first token is loaded."""
+    num_n, num_k = -(-n // 64), -(-k // 128)
+    tokens = next((t for t in (8, 16, 32, 64) if m <= t), 128 if num_n >= 100 and m <= 128 else 64)
+    tiles = num_n * -(-m // tokens)
+    # Adding the pieces up is cheap for few tokens only.
+    most = 2 * sms + 8 if tokens <= 16 else sms + 12
+    split = 1
+    while split < (8 if tokens <= 32 else 4) and 2 * split * tiles <= most:
+        if num_k // (2 * split) < (14 if 2 * split * tiles > sms else 4):
+            break
+        split *= 2
+    deep = num_k // split >= 28
+    if tokens <= 32:
+        stages = 10 if deep else 6
+    elif deep and tiles * split <= sms and m <= tokens:
+        stages = 12 if tokens == 64 else 8  # nothing would run beside it on its SM
+    else:
+        stages = 6 if tokens == 64 else 4
+    return Plan(tokens, stages, split)
+
+
+def fp8_gemm_nt_swap(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, out: Tensor) -> Tensor:
+    """out = x @ w^T, both e4m3 with block scales.
+
+    x: [T, K] float8_e4m3fn, rows 16-byte aligned
+    x_scale: [T, ceil(K/128)] float32, any layout (see `k_major`)
+    w: [N, K] float8_e4m3fn, rows 16-byte aligned; not written by the kernel before this one
+    w_scale: [ceil(N/128), ceil(K/128)] float32, rows adjacent or strided
+    out: [T, N] bfloat16
+    Nothing behind the last row or column is read or written. Not for two streams at once: the
+    counters of `split` are shared.
+    """
+    check(x, x_scale, w, w_scale, out)
+    if not x.is_cuda:
+        return out.copy_(reference.fp8_gemm_nt(x, x_scale, w, w_scale, out.dtype))
+    (m, k), n = x.shape, w.shape[0]
+    plan = choose_plan(m, n, k, num_sms(x))
+    grid = (-(-n // 64), plan.split, -(-m // plan.tokens))
+    partial = counters = w_scale  # not used without a split
+    if plan.split > 1:
+        size = grid[0] * grid[1] * grid[2] * 64 * plan.tokens
+        partial = torch.empty(size, dtype=torch.float32, device=x.device)
+        counters = split_counters(x.device)
+        assert grid[0] * grid[2] <= MAX_COUNTERS, grid
+    swap_kernel[grid](
+        *describe(x, k_major(x_scale), w, plan.tokens),
+        w_scale, w_scale.stride(0), out, out.stride(0), partial, counters, m, n, -(-k // 128),
+        STAGES=plan.stages, SPLIT=plan.split,
+        num_warps=4, maxnreg=MAX_REGISTERS[plan.tokens], launch_pdl=True,
+    )  # fmt: skip
+    return out
+
+
+@cache
+def split_counters(device: torch.device) -> Tensor:
+    """int32 zeros, which every kernel leaves as zeros."""
+    assert not torch.cuda.is_current_stream_capturing(), "run once before capturing"
+    return torch.zeros(MAX_COUNTERS, dtype=torch.int32, device=device)
+
+
+def describe(
+    x: Tensor, x_scale: Tensor, w: Tensor, tokens: int
+) -> tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor]:
+    """TMA boxes of w [N, K], x [T, K] and x_scale [G, T]. A box of scales has 32 or more: each
+    stage must begin at a multiple of 128 bytes."""
+    fp8, of = gl.float8e4nv, gl.NVMMASharedLayout
+    flat = of(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    return (
+        TensorDescriptor.from_tensor(w, [64, 128], of.get_default_for([64, 128], fp8)),
+        TensorDescriptor.from_tensor(x, [tokens, 128], of.get_default_for([tokens, 128], fp8)),
+        TensorDescriptor.from_tensor(x_scale, [1, max(tokens, 32)], flat),
+    )
+
+
+@gluon.jit
+def _load(
+    w_desc, x_desc, sx_desc, w_bufs, x_bufs, sx_bufs, empty, full, w_row, row, first, count
+):  # fmt: skip
+    """The loading warp: `count` blocks of K from block `first` on."""
+    STAGES: gl.constexpr = w_bufs.type.shape[0]
+    BYTES: gl.constexpr = (
+        w_desc.block_type.nbytes + x_desc.block_type.nbytes + sx_desc.block_type.nbytes
+    )
+    ahead = min(STAGES, count)
+    for j in range(ahead):
+        mbarrier.expect(full.index(j), BYTES)
+        tma_load(w_desc, [w_row, (first + j) * 128], full.index(j), w_bufs.index(j))
+    gdc_launch_dependents()  # the next kernel may come in beside this one and load its weights
+    gdc_wait()  # the kernel before this one has ended and its writes are seen
+    for j in range(ahead):
+        tma_load(x_desc, [row, (first + j) * 128], full.index(j), x_bufs.index(j))
+        tma_load(sx_desc, [first + j, row], full.index(j), sx_bufs.index(j))
+    for j in range(ahead, count):
+        stage = j % STAGES
+        ready = full.index(stage)
+        mbarrier.wait(empty.index(stage), ((j // STAGES) & 1) ^ 1)
+        mbarrier.expect(ready, BYTES)
+        tma_load(w_desc, [w_row, (first + j) * 128], ready, w_bufs.index(stage))
+        tma_load(x_desc, [row, (first + j) * 128], ready, x_bufs.index(stage))
+        tma_load(sx_desc, [first + j, row], ready, sx_bufs.index(stage))
+
+
+@gluon.jit
+def step(w, x, sx, scale, part, acc, empty, L: gl.constexpr):
+    """acc [64, tokens] += w x^T of one block of 128, by the scales of both; frees the stage."""
+    BT: gl.constexpr = x.type.shape[0]
+    part = warpgroup_mma(w, x.permute((1, 0)), part, use_acc=False, is_async=True)
+    boxed = sx.reshape((sx.type.shape[1],)).slice(0, BT, 0)
+    sx = boxed.load(gl.SliceLayout(0, L)) * scale  # under the wgmma
+    part = warpgroup_mma_wait(0, deps=(part,))
+    mbarrier.arrive(empty, count=1)
+    return part, fma(part, gl.expand_dims(sx, 0), acc)
+
+
+@gluon.jit
+def _multiply(
+    w_bufs, x_bufs, sx_bufs, sw, out, out_stride, m_rows, n_rows, partial, counters, empty, full,
+    w_row, row, count, SPLIT: gl.constexpr,
+):  # fmt: skip
+    STAGES: gl.constexpr = w_bufs.type.shape[0]
+    BT: gl.constexpr = x_bufs.type.shape[1]
+    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 32])
+    acc = gl.zeros((64, BT), gl.float32, L)
+    part = gl.zeros((64, BT), gl.float32, L)
+    scale_next = gl.load(sw)
+    for j in range(count):
+        stage = j % STAGES
+        scale = scale_next  # loaded a step ahead
+        scale_next = gl.load(sw + min(j + 1, count - 1))
+        mbarrier.wait(full.index(stage), (j // STAGES) & 1)
+        part, acc = step(
+            w_bufs.index(stage), x_bufs.index(stage), sx_bufs.index(stage), scale, part, acc,
+            empty.index(stage), L,
+        )  # fmt: skip
+    n = w_row + gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, L)), 1)
+    token = row + gl.expand_dims(gl.arange(0, BT, gl.SliceLayout(0, L)), 0)
+    out += token.to(gl.int64) * out_stride + n
+    live = (token < m_rows) & (n < n_rows)
+    if SPLIT == 1:
+        gl.store(out, acc.to(gl.bfloat16), mask=live)
+    else:
+        _add_up(acc, out, live, partial, counters, L, SPLIT)
+
+
+@gluon.jit
+def _add_up(acc, out, live, partial, counters, L: gl.constexpr, SPLIT: gl.constexpr):
+    """Leaves this piece of K in `partial` [tile, SPLIT, 64, tokens]; the last block of a tile adds
+    all pieces, in the order of K."""
+    BT: gl.constexpr = acc.shape[1]
+    tile = gl.program_id(2) * gl.num_programs(0) + gl.program_id(0)
+    n = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, L)), 1)
+    token = gl.expand_dims(gl.arange(0, BT, gl.SliceLayout(0, L)), 0)
+    partial += tile * (SPLIT * 64 * BT) + n * BT + token
+    gl.store(partial + gl.program_id(1) * (64 * BT), acc)
+    barrier()  # all threads have stored before one of them counts
+    before = gl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu")
+    if before == SPLIT - 1:
+        acc = gl.zeros((64, BT), gl.float32, L)
+        for s in gl.static_range(SPLIT):
+            acc += gl.load(partial + s * (64 * BT), cache_modifier=".cg")
+        gl.store(out, acc.to(gl.bfloat16), mask=live)
+        gl.store(counters + tile, 0)
+
+
+@gluon.jit(
+    do_not_specialize=["sw_stride", "out_stride", "m_rows", "n_rows", "num_k"],
+    do_not_specialize_on_alignment=["sw", "out", "partial", "counters"],
+)
+def swap_kernel(
+    w_desc, x_desc, sx_desc, sw, sw_stride, out, out_stride, partial, counters,
+    m_rows, n_rows, num_k, STAGES: gl.constexpr, SPLIT: gl.constexpr,
+):  # fmt: skip
+    """Grid: (tiles of 64 rows of w, SPLIT, tiles of tokens). num_k: blocks of 128 of K."""
+    w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES, 64, 128], w_desc.layout)
+    x_bufs = gl.allocate_shared_memory(
+        x_desc.dtype, [STAGES, x_desc.block_type.shape[0], 128], x_desc.layout
+    )
+    sx_bufs = gl.allocate_shared_memory(
+        gl.float32, [STAGES, 1, sx_desc.block_type.shape[1]], sx_desc.layout
+    )
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(empty.index(i), count=1)
+        mbarrier.init(full.index(i), count=1)
+    fence_async_shared()
+    w_row = gl.program_id(0) * 64
+    row = gl.program_id(2) * x_desc.block_type.shape[0]
+    first = gl.program_id(1) * num_k // SPLIT  # pieces differ by one block at most
+    count = (gl.program_id(1) + 1) * num_k // SPLIT - first
+    sw += w_row // 128 * sw_stride + first
+    gl.warp_specialize(
+        [
+            (_multiply, (
+                w_bufs, x_bufs, sx_bufs, sw, out, out_stride, m_rows, n_rows, partial, counters,
+                empty, full, w_row, row, count, SPLIT)),
+            (_load, (
+                w_desc, x_desc, sx_desc, w_bufs, x_bufs, sx_bufs, empty, full, w_row, row, first,
+                count)),
+        ],
+        [1],
+        [40],
+    )  # fmt: skip

@@ -1,0 +1,418 @@
+"""GEMMs of experts: groups of rows, each with its own weight. Sizes are read on the device.
+
+A table of items, made on the device from the groups' sizes, cuts each group into row tiles of its
+own; tiles are not padded in memory. What a tile reads behind its group's end (the next group's
+rows) it computes and does not store.
+
+    few rows to an expert    `swap_kernel` here: streams weights, persistent
+    many                     `fp8_gemm.dense_kernel` with the table
+    bf16, other cards        `fp8_gemm_dot.dot_kernel` with the table
+
+Grids depend on shapes alone, so all of it can be captured in a CUDA graph.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+from . import fp8_gemm_dot, reference
+from .compat import has_wgmma, num_sms, runs_kernels, tma_load
+from .fp8_gemm import (
+    TILE_ORDER,
+    Tile,
+    count_tiles,
+    dense_kernel,
+    describe,
+    tile_at,
+    tma_ready,
+)
+from .fp8_gemm_swap import MAX_REGISTERS, step
+from .fp8_gemm_swap import describe as describe_swap
+
+SWAP_ORDER = 64
+"""As `TILE_ORDER`: row tiles of one expert are neighbours, and share its weight in L2."""
+SWAP_STAGES = {16: 8, 32: 8, 64: 6}
+"""By tokens of a tile: two blocks fit an SM, with 96 to 128 KiB of weights under way."""
+TABLE_PROGRAMS = 8
+
+
+def grouped_fp8_gemm_nt_contiguous(
+    x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, offsets: Tensor, out: Tensor
+) -> Tensor:
+    """Rows sorted by expert: out[i] = x[i] @ w[expert of i]^T, e4m3 with block scales.
+
+    x: [M, K] float8_e4m3fn
+    x_scale: [M, ceil(K/128)] float32, any layout
+    w: [E, N, K] float8_e4m3fn, contiguous
+    w_scale: [E, ceil(N/128), ceil(K/128)] float32, contiguous
+    offsets: [E] int32 or int64: the row behind each expert's last; ascending, at most M
+    out: [M, N] bfloat16; rows behind the last offset are not written, nor does x matter there
+    """
+    check_grouped(x, x_scale, w, w_scale, offsets, out)
+    if not runs_kernels(x):
+        return by_expert(x, x_scale, w, w_scale, contiguous_bounds(offsets), out)
+    return launch(x, x_scale, w, w_scale, offsets, 0, out, x.shape[0] / w.shape[0])
+
+
+def grouped_fp8_gemm_nt_masked(
+    x: Tensor,
+    x_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    counts: Tensor,
+    out: Tensor,
+    expected_m: float | None = None,
+) -> Tensor:
+    """Rows in slots of M for each expert: out[e, :counts[e]] = x[e, :counts[e]] @ w[e]^T.
+
+    x: [E, M, K] float8_e4m3fn, contiguous; rows from counts[e] on are not used
+    x_scale: [E, M, ceil(K/128)] float32, contiguous or a view of `quantize_1x128`'s other layout
+    w: [E, N, K] float8_e4m3fn, contiguous
+    w_scale: [E, ceil(N/128), ceil(K/128)] float32, contiguous
+    counts: [E] int32 or int64, at most M
+    out: [E, M, N] bfloat16, contiguous; rows from counts[e] on are not written
+    expected_m: rows that an expert has on average (M if nobody knows); for speed only
+    """
+    rows, flat = x.shape[1], out.flatten(0, 1)
+    x, x_scale = x.flatten(0, 1), x_scale.flatten(0, 1)
+    check_grouped(x, x_scale, w, w_scale, counts, flat)
+    assert out.is_contiguous() and len(flat) == len(w) * rows, (out.shape, w.shape)
+    if not runs_kernels(x):
+        by_expert(x, x_scale, w, w_scale, masked_bounds(counts, rows), flat)
+    else:
+        launch(x, x_scale, w, w_scale, counts, rows, flat, expected_m or rows)
+    return out
+
+
+def grouped_gemm_nt_contiguous(
+    x: Tensor, w: Tensor, offsets: Tensor, out: Tensor, w_scale: Tensor | None = None
+) -> Tensor:
+    """`grouped_fp8_gemm_nt_contiguous` of unquantised rows: x [M, K], out [M, N] of one float
+    dtype, and w of that dtype too, or e4m3 with scales and dequantised as it is used."""
+    check_grouped(x, None, w, w_scale, offsets, out)
+    if not runs_kernels(x):
+        return by_expert(x, None, w, w_scale, contiguous_bounds(offsets), out)
+    return launch(x, None, w, w_scale, offsets, 0, out, x.shape[0] / w.shape[0])
+
+
+def grouped_gemm_nt_masked(
+    x: Tensor, w: Tensor, counts: Tensor, out: Tensor, expected_m: float | None = None
+) -> Tensor:
+    """`grouped_fp8_gemm_nt_masked` of unquantised x [E, M, K], w [E, N, K], out [E, M, N], all of
+    one float dtype."""
+    rows, flat = x.shape[1], out.flatten(0, 1)
+    x = x.flatten(0, 1)
+    check_grouped(x, None, w, None, counts, flat)
+    assert out.is_contiguous() and len(flat) == len(w) * rows, (out.shape, w.shape)
+    if not runs_kernels(x):
+        by_expert(x, None, w, None, masked_bounds(counts, rows), flat)
+    else:
+        launch(x, None, w, None, counts, rows, flat, expected_m or rows)
+    return out
+
+
+def check_grouped(
+    x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Tensor | None, sizes: Tensor, out: Tensor
+) -> None:
+    (experts, n, k), blocks = w.shape, (-(-w.shape[1] // 128), -(-w.shape[2] // 128))
+    assert x.shape == (out.shape[0], k) and out.shape[1] == n, (x.shape, w.shape, out.shape)
+    assert w.is_contiguous() and x.stride(1) == out.stride(1) == 1, (w.stride(), x.stride())
+    assert sizes.shape == (experts,) and sizes.dtype in (torch.int32, torch.int64), sizes.shape
+    if w_scale is not None:
+        assert w.dtype == torch.float8_e4m3fn and w_scale.dtype == torch.float32, w.dtype
+        assert w_scale.shape == (experts, *blocks) and w_scale.is_contiguous(), w_scale.shape
+    if x_scale is not None:
+        assert x.dtype == torch.float8_e4m3fn and w_scale is not None, x.dtype
+        assert x_scale.shape == (x.shape[0], blocks[1]), (x.shape, x_scale.shape)
+
+
+# ---- the torch twin -----------------------------------------------------------------------------
+
+
+def contiguous_bounds(offsets: Tensor) -> list[tuple[int, int]]:
+    ends = offsets.tolist()
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def masked_bounds(counts: Tensor, rows: int) -> list[tuple[int, int]]:
+    return [(e * rows, e * rows + count) for e, count in enumerate(counts.tolist())]
+
+
+def by_expert(
+    x: Tensor,
+    x_scale: Tensor | None,
+    w: Tensor,
+    w_scale: Tensor | None,
+    bounds: list[tuple[int, int]],
+    out: Tensor,
+) -> Tensor:
+    """The twin of every kernel here: one reference GEMM for each expert that has rows."""
+    for expert, (start, end) in enumerate(bounds):
+        rows = slice(start, end)
+        if start == end:
+            continue
+        if w_scale is None:
+            out[rows] = reference.gemm_nt(x[rows], w[expert])
+        elif x_scale is None:
+            out[rows] = reference.dequant_gemm_nt(x[rows], w[expert], w_scale[expert])
+        else:
+            out[rows] = reference.fp8_gemm_nt(
+                x[rows], x_scale[rows], w[expert], w_scale[expert], out.dtype
+            )
+    return out
+
+
+# ---- the table of items -------------------------------------------------------------------------
+
+
+def item_table(sizes: Tensor, rows: int, num_rows: int, bm: int) -> Tensor:
+    """Cuts groups into items of `bm` rows.
+
+    sizes: [E] offsets (`rows` is 0) or counts of slots of `rows`; num_rows: rows of all slots
+    -> [1 + most items, 4] int32: (number of items, ...), then for each item (its expert, the
+    expert's first item, first row, row behind the last). What is behind the items is not written.
+    """
+    experts = sizes.shape[0]
+    most = experts + num_rows // bm
+    table = torch.empty(1 + most, 4, dtype=torch.int32, device=sizes.device)
+    padded = triton.next_power_of_2(experts)
+    item_table_kernel[(TABLE_PROGRAMS,)](sizes, table, experts, rows, BM=bm, PADDED=padded)
+    return table
+
+
+@triton.jit(do_not_specialize=["experts", "rows"])
+def item_table_kernel(sizes, table, experts, rows, BM: tl.constexpr, PADDED: tl.constexpr):
+    """Every program counts; each writes the items of its own turn within an expert."""
+    e = tl.arange(0, PADDED)
+    live = e < experts
+    size = tl.load(sizes + e, live, 0).to(tl.int32)
+    if rows > 0:
+        start = e * rows
+        end = start + size
+    else:
+        start = tl.load(sizes + e - 1, live & (e > 0), 0).to(tl.int32)
+        end = size
+    items = tl.where(live, (end - start + BM - 1) // BM, 0)
+    first = tl.cumsum(items, 0) - items
+    if tl.program_id(0) == 0:
+        tl.store(table, tl.sum(items))
+    for i in range(tl.program_id(0), tl.max(items), tl.num_programs(0)):
+        item = table + 4 + (first + i) * 4
+        mine = i < items
+        tl.store(item, e, mine)
+        tl.store(item + 1, first, mine)
+        tl.store(item + 2, start, mine)
+        tl.store(item + 3, end, mine)
+
+
+def tile_scales(x_scale: Tensor, table: Tensor, bm: int) -> Tensor:
+    """Scales in the order of the table's items, `bm` to each, for TMA: groups begin at any row, but
+    the inner coordinate of a TMA box must be a multiple of 16 bytes (an H100 answers others with
+    "illegal instruction").
+
+    x_scale: [M, G] float32, any layout -> [G, items * bm] float32; behind an item's last row:
+    zeros; behind the last item: not written
+    """
+    groups, most = x_scale.shape[1], table.shape[0] - 1
+    tiled = torch.empty(groups, most * bm, dtype=torch.float32, device=x_scale.device)
+    tile_scales_kernel[(most,)](
+        x_scale, x_scale.stride(0), x_scale.stride(1), table, tiled, most * bm, groups, BM=bm
+    )
+    return tiled
+
+
+@triton.jit(do_not_specialize=["row_stride", "group_stride", "tiled_stride", "groups"])
+def tile_scales_kernel(
+    x_scale, row_stride, group_stride, table, tiled, tiled_stride, groups, BM: tl.constexpr
+):
+    """A program for each item that there may be."""
+    item = tl.program_id(0)
+    if item >= tl.load(table):
+        return
+    first, start = tl.load(table + 4 + item * 4 + 1), tl.load(table + 4 + item * 4 + 2)
+    end = tl.load(table + 4 + item * 4 + 3)
+    at = tl.arange(0, BM)
+    row = (start + (item - first) * BM + at).to(tl.int64)
+    for g in range(groups):
+        scale = tl.load(x_scale + row * row_stride + g * group_stride, row < end, 0.0)
+        tl.store(tiled + tl.cast(g, tl.int64) * tiled_stride + item * BM + at, scale)
+
+
+# ---- launches -----------------------------------------------------------------------------------
+
+
+def launch(
+    x: Tensor,
+    x_scale: Tensor | None,
+    w: Tensor,
+    w_scale: Tensor | None,
+    sizes: Tensor,
+    rows: int,
+    out: Tensor,
+    expected: float,
+) -> Tensor:
+    """x: [M, K], out: [M, N]; sizes, rows: as `item_table` takes them."""
+    if not out.numel():
+        return out
+    fast = has_wgmma(x) and x_scale is not None and out.dtype == torch.bfloat16
+    fast = fast and w.shape[1] % 8 == 0
+    if fast and tma_ready(x) and tma_ready(w) and tma_ready(out):
+        assert x_scale is not None and w_scale is not None
+        run = launch_swap if expected <= 56 else launch_dense
+        return run(x, x_scale, w, w_scale, sizes, rows, out, expected)
+    kind = "plain" if w_scale is None else "dequant" if x_scale is None else "scaled"
+    tile = fp8_gemm_dot.choose_tile(expected, kind, x)
+    table = item_table(sizes, rows, x.shape[0], tile.bm)
+    return fp8_gemm_dot.launch(x, x_scale, w, w_scale, out, table, expected)
+
+
+def launch_dense(
+    x: Tensor,
+    x_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    sizes: Tensor,
+    rows: int,
+    out: Tensor,
+    expected: float,
+) -> Tensor:
+    """Two shapes of tiles: the large one where few of its rows are wasted at experts' ends."""
+    tile = Tile(256, 128, 3) if expected >= 768 else Tile(128, 128, 5)
+    table = item_table(sizes, rows, x.shape[0], tile.bm)
+    _, n, k = w.shape
+    dense_kernel[(num_sms(x),)](
+        *describe(x, tile_scales(x_scale, table, tile.bm), w.flatten(0, 1), out, tile),
+        out, out.stride(0),
+        w_scale, w_scale.stride(1), table, 0, -(-n // tile.bn), n, -(-k // 128),
+        STAGES=tile.stages, WAVES=tile.bm // 128, ORDER=TILE_ORDER, GROUPED=True, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def launch_swap(
+    x: Tensor,
+    x_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    sizes: Tensor,
+    rows: int,
+    out: Tensor,
+    expected: float,
+) -> Tensor:
+    """A tile of tokens holds most experts whole: their numbers scatter around the expected one."""
+    tokens = 16 if expected <= 6 else 32 if expected <= 18 else 64
+    table = item_table(sizes, rows, x.shape[0], tokens)
+    _, n, k = w.shape
+    swap_kernel[(2 * num_sms(x),)](
+        *describe_swap(x, tile_scales(x_scale, table, tokens), w.flatten(0, 1), tokens),
+        w_scale, w_scale.stride(1),
+        out, out.stride(0), table, -(-n // 64), n, -(-k // 128),
+        STAGES=SWAP_STAGES[tokens], ORDER=SWAP_ORDER, num_warps=4, maxnreg=MAX_REGISTERS[tokens],
+    )  # fmt: skip
+    return out
+
+
+# ---- few rows to an expert ----------------------------------------------------------------------
+
+
+@gluon.jit
+def _load_tiles(
+    w_desc, x_desc, sx_desc, w_bufs, x_bufs, sx_bufs, empty, full, table, num_n, n_rows, num_k,
+    ORDER: gl.constexpr,
+):  # fmt: skip
+    """The loading warp runs ahead across tiles: stage and phase go on."""
+    STAGES: gl.constexpr = w_bufs.type.shape[0]
+    BT: gl.constexpr = x_bufs.type.shape[1]
+    BYTES: gl.constexpr = (
+        w_desc.block_type.nbytes + x_desc.block_type.nbytes + sx_desc.block_type.nbytes
+    )
+    stage = 0
+    phase = 1
+    for t in range(gl.program_id(0), count_tiles(table, 0, num_n, True), gl.num_programs(0)):
+        group, row, _, n, sx_row = tile_at(t, table, 0, num_n, BT, ORDER, True)
+        w_row = group * n_rows + n * 64
+        for k in range(num_k):
+            mbarrier.wait(empty.index(stage), phase)
+            ready = full.index(stage)
+            mbarrier.expect(ready, BYTES)
+            tma_load(w_desc, [w_row, k * 128], ready, w_bufs.index(stage))
+            tma_load(x_desc, [row, k * 128], ready, x_bufs.index(stage))
+            tma_load(sx_desc, [k, sx_row], ready, sx_bufs.index(stage))
+            stage += 1
+            if stage == STAGES:
+                stage = 0
+                phase ^= 1
+
+
+@gluon.jit
+def _multiply_tiles(
+    w_bufs, x_bufs, sx_bufs, sw, sw_stride, out, out_stride, empty, full, table,
+    num_n, n_rows, num_k, ORDER: gl.constexpr,
+):  # fmt: skip
+    STAGES: gl.constexpr = w_bufs.type.shape[0]
+    BT: gl.constexpr = x_bufs.type.shape[1]
+    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 32])
+    part = gl.zeros((64, BT), gl.float32, L)
+    stage = 0
+    phase = 0
+    for t in range(gl.program_id(0), count_tiles(table, 0, num_n, True), gl.num_programs(0)):
+        group, row, end, n, _ = tile_at(t, table, 0, num_n, BT, ORDER, True)
+        scales = sw + (group * gl.cdiv(n_rows, 128) + n // 2) * sw_stride
+        acc = gl.zeros((64, BT), gl.float32, L)
+        scale_next = gl.load(scales)
+        for k in range(num_k):
+            scale = scale_next  # loaded a step ahead
+            scale_next = gl.load(scales + min(k + 1, num_k - 1))
+            mbarrier.wait(full.index(stage), phase)
+            part, acc = step(
+                w_bufs.index(stage), x_bufs.index(stage), sx_bufs.index(stage), scale, part, acc,
+                empty.index(stage), L,
+            )  # fmt: skip
+            stage += 1
+            if stage == STAGES:
+                stage = 0
+                phase ^= 1
+        column = n * 64 + gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, L)), 1)
+        token = row + gl.expand_dims(gl.arange(0, BT, gl.SliceLayout(0, L)), 0)
+        at = out + token.to(gl.int64) * out_stride + column
+        gl.store(at, acc.to(gl.bfloat16), mask=(token < end) & (column < n_rows))
+
+
+@gluon.jit(
+    do_not_specialize=["sw_stride", "out_stride", "num_n", "n_rows", "num_k"],
+    do_not_specialize_on_alignment=["sw", "out", "table"],
+)
+def swap_kernel(
+    w_desc, x_desc, sx_desc, sw, sw_stride, out, out_stride, table, num_n, n_rows, num_k,
+    STAGES: gl.constexpr, ORDER: gl.constexpr,
+):  # fmt: skip
+    """`fp8_gemm_swap`'s kernel over the tiles of a table, without pieces of K."""
+    w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES, 64, 128], w_desc.layout)
+    x_bufs = gl.allocate_shared_memory(
+        x_desc.dtype, [STAGES, x_desc.block_type.shape[0], 128], x_desc.layout
+    )
+    sx_bufs = gl.allocate_shared_memory(
+        gl.float32, [STAGES, 1, sx_desc.block_type.shape[1]], sx_desc.layout
+    )
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(empty.index(i), count=1)
+        mbarrier.init(full.index(i), count=1)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_multiply_tiles, (
+                w_bufs, x_bufs, sx_bufs, sw, sw_stride, out, out_stride, empty, full, table,
+                num_n, n_rows, num_k, ORDER)),
+            (_load_tiles, (
+                w_desc, x_desc, sx_desc, w_bufs, x_bufs, sx_bufs, empty, full, table,
+                num_n, n_rows, num_k, ORDER)),
+        ],
+        [1],
+        [40],
+    )  # fmt: skip

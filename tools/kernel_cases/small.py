@@ -1,0 +1,143 @@
+"""Norms, activation, rope, routing and sampling at DeepSeek-V3's sizes, for decode and for
+prefill. No peers were measured."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ...kernels import fused, moe_route, quant, sample
+from . import BenchCase, Run, rotation
+
+BF16 = torch.bfloat16
+TOKENS = (1, 64, 4096)
+ROWS = (1, 64)
+HIDDEN, EXPERTS, TOP_K, VOCAB = 7168, 256, 8, 129280
+Build = Callable[[int], Run]
+"""Told how many sets to make."""
+
+
+def rand(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.randn(shape, device="cuda", dtype=torch.float32).to(dtype)
+
+
+def case(name: str, num_bytes: int, build: Build) -> BenchCase:
+    rotate = rotation(num_bytes)
+    return BenchCase(name, lambda: build(rotate), num_bytes, 0, "none", rotate)
+
+
+def quantize_case(m: int, k: int) -> BenchCase:
+    def build(sets: int) -> Run:
+        xs = [rand(m, k) for _ in range(sets)]
+        return lambda i: quant.quantize_1x128(xs[i], scale_k_major=True)
+
+    return case(f"quantize_1x128 m={m} k={k}", m * k * 3 + m * k // 32, build)
+
+
+def norm_case(m: int, quantized: bool) -> BenchCase:
+    def build(sets: int) -> Run:
+        weight = rand(HIDDEN)
+        xs = [(rand(m, HIDDEN), rand(m, HIDDEN)) for _ in range(sets)]
+        op = fused.add_rms_norm_quant if quantized else fused.add_rms_norm
+        return lambda i: op(*xs[i], weight, 1e-6)
+
+    name = "add_rms_norm_quant" if quantized else "add_rms_norm"
+    return case(f"{name} m={m}", m * HIDDEN * (7 if quantized else 8), build)
+
+
+def silu_case(m: int, n: int) -> BenchCase:
+    def build(sets: int) -> Run:
+        xs = [rand(m, 2 * n) for _ in range(sets)]
+        return lambda i: fused.silu_mul_quant(xs[i], scale_k_major=True)
+
+    return case(f"silu_mul_quant m={m} n={n}", m * n * 5, build)
+
+
+def rope_case(m: int, heads: int) -> BenchCase:
+    def build(sets: int) -> Run:
+        angle = torch.rand(m, 32, device="cuda")
+        cos, sin = angle.cos(), angle.sin()
+        xs = [rand(m, heads, 192)[..., 128:] for _ in range(sets)]
+        return lambda i: fused.apply_rope(xs[i], cos, sin)
+
+    return case(f"apply_rope m={m} heads={heads}", m * heads * 64 * 4, build)
+
+
+def store_case(m: int) -> BenchCase:
+    def build(sets: int) -> Run:
+        weight, angle = rand(512), torch.rand(m, 32, device="cuda")
+        cos, sin, slots = angle.cos(), angle.sin(), torch.randperm(m, device="cuda")
+        xs = [(rand(m, 576), rand(-(-m // 64), 64, 576)) for _ in range(sets)]
+        return lambda i: fused.norm_rope_store(xs[i][0], weight, 1e-6, cos, sin, xs[i][1], slots)
+
+    return case(f"norm_rope_store m={m}", m * 576 * 6, build)
+
+
+def gate_case(m: int) -> BenchCase:
+    def build(sets: int) -> Run:
+        bias = torch.zeros(EXPERTS, device="cuda")
+        logits = [rand(m, EXPERTS, dtype=torch.float32) for _ in range(sets)]
+        return lambda i: moe_route.moe_gate(logits[i], bias, 8, 4, TOP_K, True, 2.5)
+
+    return case(f"moe_gate m={m}", m * (EXPERTS * 4 + TOP_K * 12), build)
+
+
+def permute_case(m: int) -> BenchCase:
+    def build(sets: int) -> Run:
+        ids = [torch.randint(0, EXPERTS, (m, TOP_K), device="cuda") for _ in range(sets)]
+        return lambda i: moe_route.permute_both_ways(ids[i], EXPERTS)
+
+    return case(f"permute_both_ways m={m}", m * TOP_K * 24, build)
+
+
+def combine_case(m: int) -> BenchCase:
+    def build(sets: int) -> Run:
+        place, weights = torch.randperm(m * TOP_K, device="cuda"), torch.rand(m, TOP_K).cuda()
+        ys = [rand(m * TOP_K, HIDDEN) for _ in range(sets)]
+        return lambda i: moe_route.combine_experts(ys[i], place, weights, place)
+
+    return case(f"combine_experts m={m}", m * HIDDEN * 2 * (TOP_K + 1), build)
+
+
+def sample_cases(rows: int) -> list[BenchCase]:
+    num_bytes = rows * VOCAB * 4
+
+    def logits(sets: int) -> list[Tensor]:
+        """Of bf16 grain, as the head makes them."""
+        return [rand(rows, VOCAB).float() * 2 for _ in range(sets)]
+
+    def draw(sets: int) -> Run:
+        xs, heat = logits(sets), torch.full((rows,), 0.6, device="cuda")
+        seed = torch.arange(rows, device="cuda")
+        return lambda i: sample.gumbel_argmax(xs[i], heat, seed, seed)
+
+    def filters(sets: int) -> Run:
+        xs, top_p = logits(sets), torch.full((rows,), 0.95, device="cuda")
+        top_k, min_p = torch.zeros_like(top_p).long(), torch.zeros_like(top_p)
+        return lambda i: sample.filter_logits(xs[i], top_k, top_p, min_p)
+
+    def argmax(sets: int) -> Run:
+        xs = logits(sets)
+        return lambda i: sample.argmax(xs[i])
+
+    def logprobs(sets: int) -> Run:
+        xs, chosen = logits(sets), torch.zeros(rows, device="cuda", dtype=torch.int64)
+        return lambda i: sample.top_logprobs(xs[i], chosen, 20)
+
+    return [
+        case(f"argmax rows={rows}", num_bytes, argmax),
+        case(f"gumbel_argmax rows={rows}", num_bytes, draw),
+        case(f"filter_logits top_p rows={rows}", 2 * num_bytes, filters),
+        case(f"top_logprobs rows={rows}", 2 * num_bytes, logprobs),
+    ]
+
+
+def cases() -> list[BenchCase]:
+    found = [silu_case(64, 18432)]
+    for m in TOKENS:
+        found += [quantize_case(m, HIDDEN), norm_case(m, False), norm_case(m, True)]
+        found += [silu_case(m, 2048), rope_case(m, 128), store_case(m)]
+        found += [gate_case(m), permute_case(m), combine_case(m)]
+    for rows in ROWS:
+        found += sample_cases(rows)
+    return found
