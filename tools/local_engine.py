@@ -2,13 +2,21 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from ..daemon.request import Request
 from ..daemon.scheduler import Scheduler
-from ..ipc.messages import Load, Sampling
+from ..ipc.messages import Load, LogprobEntry, Sampling
 from ..model.worker import Reporter, build
 
 GREEDY = Sampling(temperature=0.0)
+
+
+class Answer(NamedTuple):
+    token_ids: list[int]
+    """The end token included."""
+    logprobs: list[LogprobEntry]
+    """One for each token, if the sampling asks."""
 
 
 class LocalEngine:
@@ -47,8 +55,8 @@ class LocalEngine:
         stop_token_ids: frozenset[int],
         sampling: Sampling = GREEDY,
         progress: Callable[[int], None] = lambda finished: None,
-    ) -> list[list[int]]:
-        """Token ids for each prompt, the end token included."""
+    ) -> list[Answer]:
+        """One answer for each prompt."""
         ready = self.ready
         scheduler = Scheduler(
             ready.max_batch_size,
@@ -62,12 +70,17 @@ class LocalEngine:
             Request(str(i), ids, sampling, max_tokens, stop_token_ids)
             for i, ids in enumerate(prompts)
         ]
+        logprobs: dict[str, list[LogprobEntry]] = {}
         for request in requests:
             scheduler.add(request)
+            logprobs[request.request_id] = []
         while (step := scheduler.schedule()) is not None:
             events = scheduler.update(self.runner.run(step))
             self.num_steps += 1
+            for event in events:
+                if event.logprob is not None:
+                    logprobs[event.request.request_id].append(event.logprob)
             if finished := sum(event.finish is not None for event in events):
                 progress(finished)
         assert not scheduler.has_work
-        return [request.output_ids for request in requests]
+        return [Answer(request.output_ids, logprobs[request.request_id]) for request in requests]

@@ -2,6 +2,7 @@
 
 import random
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -88,5 +89,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.harness.drain()
 
 
+def test_scheduler_machine_keeps_every_promise_for_a_while() -> None:
+    run_state_machine_as_test(SchedulerMachine, settings=settings(SETTINGS, max_examples=15))
+
+
+@pytest.mark.slow
 def test_scheduler_machine_keeps_every_promise() -> None:
     run_state_machine_as_test(SchedulerMachine, settings=SETTINGS)

@@ -176,6 +176,7 @@ def test_shipped_model_same_logits_in_transformers(shipped_bf16: Path) -> None:
     assert _logprobs(SHIPPED, ids) == pytest.approx(expected, abs=0.05)
 
 
+@pytest.mark.slow
 def test_shipped_model_mtp_and_every_expert(shipped_bf16: Path, monkeypatch) -> None:
     monkeypatch.setattr(evaluate, "MTP_EXAMPLES", 60)
     figures = evaluate.network_figures(shipped_bf16)

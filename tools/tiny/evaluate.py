@@ -67,7 +67,7 @@ def score(
     scores: dict[str, Score] = {}
     for example, output in zip(asked, outputs, strict=True):
         entry = scores.setdefault(example.kind, Score())
-        completion = tokenizer.decode(output, skip_special_tokens=False)
+        completion = tokenizer.decode(output.token_ids, skip_special_tokens=False)
         answer = re.sub("<｜end▁of▁sentence｜>$", "", answer_of(completion)).strip()
         entry.asked += 1
         if answer == example.answer:
