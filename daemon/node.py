@@ -279,8 +279,8 @@ class Node:
         )
 
     def _on_progress(self, progress: Progress) -> None:
-        if self.progress is None or self.progress.stage != progress.stage:
-            log.info(progress.stage, total_bytes=progress.total)
+        if status.is_news(self.progress, progress):
+            log.info(status.describe_progress(progress))
         self.progress = progress
         self._is_loading.set()
         self._notifier.status(status.describe_progress(progress))

@@ -18,6 +18,13 @@ def describe_progress(progress: Progress) -> str:
     return f"{progress.stage} weights: {percent} % of {progress.total / 1e9:.2f} GB"
 
 
+def is_news(old: Progress | None, new: Progress) -> bool:
+    """Whether a log should have a line for it: a new stage, or another quarter of the bytes."""
+    if old is None or old.stage != new.stage or not new.total:
+        return True
+    return 4 * old.done // new.total != 4 * new.done // new.total
+
+
 def report(node: "Node") -> dict[str, Any]:
     """Model, state, ranks, requests, KV use, tokens/s."""
     engine, ready = node.engine, node.engine.ready

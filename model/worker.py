@@ -171,6 +171,8 @@ def _notes(config: ModelConfig, act_quant: bool, device: torch.device) -> tuple[
         notes.append("hf_quant_config.json asks for an fp8 KV cache; it is kept unquantised")
     if config.num_nextn_predict_layers:
         notes.append("the MTP layers of the checkpoint are not used by this version")
+    if device.type == "cuda":
+        notes.append("decode runs eagerly: this version has no CUDA graphs (use_cuda_graph)")
     if device.type == "cpu":
         notes.append(f"the model runs on {torch.get_num_threads()} CPU threads")
     return tuple(notes)
