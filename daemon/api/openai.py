@@ -89,19 +89,24 @@ class OpenAI:
 
     async def completions(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = decode(await read_body(scope, receive), CompletionRequest)
-        await self._serve(body, self._completion(body), scope, receive, send)
+        await self._serve(body, lambda: self._completion(body), scope, receive, send)
 
     async def chat(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = decode(await read_body(scope, receive), ChatRequest)
-        await self._serve(body, self._chat(body), scope, receive, send)
+        await self._serve(body, lambda: self._chat(body), scope, receive, send)
 
     async def _serve(
-        self, body: Common, prepared: Awaitable[Answer], scope: Scope, receive: Receive, send: Send
+        self,
+        body: Common,
+        prepared: Callable[[], Awaitable[Answer]],
+        scope: Scope,
+        receive: Receive,
+        send: Send,
     ) -> None:
         """Prepares, starts and answers, for as long as the client stays."""
 
         async def work() -> None:
-            answer = await prepared
+            answer = await prepared()
             await self._start(answer.generation)
             try:
                 if body.stream:
