@@ -163,7 +163,8 @@ def _check(config: Config) -> None:
     if batch and tokens and tokens < batch:
         raise ConfigError(f"max_num_tokens {tokens} is less than max_batch_size {batch}")
     server = config.server
-    for path in (api_socket(server), control_socket(server), worker_socket(server, MAX_EPOCH)):
+    worker_socket = runtime_dir(server) / worker_socket_name(MAX_EPOCH)
+    for path in (api_socket(server), control_socket(server), worker_socket):
         if len(os.fsencode(path)) > MAX_SOCKET_PATH:
             raise ConfigError(
                 f"the socket path {path} has {len(os.fsencode(path))} bytes; "
@@ -223,9 +224,9 @@ def control_socket(server: ServerConfig) -> Path:
     return runtime_dir(server) / "control.sock"
 
 
-def worker_socket(server: ServerConfig, epoch: int) -> Path:
-    """Of one life of the worker."""
-    return runtime_dir(server) / f"worker-0.{epoch}.sock"
+def worker_socket_name(epoch: int) -> str:
+    """Of one life of the worker, in the runtime directory."""
+    return f"worker-0.{epoch}.sock"
 
 
 def worker_environment() -> dict[str, str]:

@@ -104,6 +104,7 @@ class Engine:
         self._idle = asyncio.Event()
         self._idle.set()
         self._has_worker = asyncio.Event()
+        self._broken = asyncio.Event()
         self._is_draining = False
         self._was_ready = False
         self._rates: deque[tuple[float, int]] = deque()
@@ -115,6 +116,7 @@ class Engine:
         if self.state is not EngineState.READY:
             raise Unavailable(why_unavailable(self.state))
         stream = TokenStream(requests)
+        self._idle.clear()  # at once: a drain that begins now must wait for this one too
         accepted = asyncio.get_running_loop().create_future()
         self._post(_Submit(stream, accepted))
         try:
@@ -150,6 +152,12 @@ class Engine:
 
     def step_done(self, output: StepOutput) -> None:
         self._post(output)
+
+    async def wait_broken(self) -> str:
+        """Until the worker sends a result that fits no step in flight; returns a word on it."""
+        self._broken.clear()
+        await self._broken.wait()
+        return "it sent a result that fits no step"
 
     # ---- for the node ----
 
@@ -247,16 +255,17 @@ class Engine:
 
     def _on_submit(self, submit: _Submit) -> None:
         if submit.accepted.cancelled():
+            self._note_idle()
             return
         try:
             self._add(submit.stream.requests)
         except (Refused, QueueFull, Unavailable) as error:
             self.counters.refused += 1
             submit.accepted.set_exception(error)
+            self._note_idle()
             return
         for request in submit.stream.requests:
             self._streams[request.request_id] = submit.stream
-        self._idle.clear()
         submit.accepted.set_result(None)
 
     def _add(self, requests: Sequence[Request]) -> None:
@@ -289,8 +298,11 @@ class Engine:
     def _on_output(self, output: StepOutput) -> None:
         if self._scheduler is None or output.epoch != self._scheduler.epoch:
             return
+        if not self._scheduler.expects(output):
+            self._broken.set()
+            return
         events = self._scheduler.update(output)
-        num_tokens = len(output.token_ids) // 4
+        num_tokens = sum(event.token_id >= 0 for event in events)
         self.counters.steps += 1
         self.counters.generation_tokens += num_tokens
         self._rates.append((time.monotonic(), num_tokens))
@@ -319,8 +331,11 @@ class Engine:
             del self._streams[request_id]
             finished = self.counters.finished
             finished[event.finish] = finished.get(event.finish, 0) + 1
-            if not self._streams:
-                self._idle.set()
+            self._note_idle()
+
+    def _note_idle(self) -> None:
+        if not self._streams and not any(isinstance(mail, _Submit) for mail in self._mail):
+            self._idle.set()
 
 
 def why_unavailable(state: EngineState) -> str:

@@ -319,6 +319,13 @@ class Scheduler:
 
     # ---- results ----
 
+    def expects(self, output: StepOutput) -> bool:
+        """Whether this is the result of the oldest step in flight, with a token for each row."""
+        for flight in self._in_flight:
+            num_sampled = len(flight.decoding) + len(flight.prefilled)
+            return output.seq == flight.seq and len(output.token_ids) == 4 * num_sampled
+        return False
+
     def update(self, output: StepOutput) -> list[TokenEvent]:
         """What a step did, an event for each token; of older epochs, nothing."""
         if output.epoch < self.epoch:

@@ -7,6 +7,7 @@ spawn -> Hello -> Load -> Progress ... -> Ready -> (StepOutput ...) -> death -> 
 import asyncio
 import contextlib
 import os
+import stat
 import sys
 import time
 from asyncio.subprocess import Process
@@ -29,7 +30,7 @@ from ..ipc.messages import (
     ToWorker,
 )
 from . import logs
-from .config import worker_environment
+from .config import worker_environment, worker_socket_name
 from .engine import Engine
 
 log = logs.get("supervisor")
@@ -103,7 +104,7 @@ class Supervisor:
 
     async def _one_life(self, engine: Engine, epoch: int) -> str:
         """From spawn to death; returns why it died."""
-        path = self._runtime_dir / f"worker-0.{epoch}.sock"
+        path = self._runtime_dir / worker_socket_name(epoch)
         address = f"ipc://{path}"
         channel = AsyncChannel[FromWorker, ToWorker](address, FromWorker)
         process: Process | None = None
@@ -116,24 +117,38 @@ class Supervisor:
                 env=worker_environment(),
             )
             self._channel, self.worker_pid = channel, process.pid
-            reader = asyncio.ensure_future(self._read(channel, engine, epoch))
-            death = asyncio.ensure_future(process.wait())
-            try:
-                await asyncio.wait({reader, death}, return_when=asyncio.FIRST_COMPLETED)
-                self._channel = None
-                if not reader.done():
-                    await asyncio.wait({reader}, timeout=LAST_WORDS_S)
-                return reader.result() if reader.done() else _how_it_died(process)
-            finally:
-                for task in (reader, death):
-                    task.cancel()
-                await asyncio.gather(reader, death, return_exceptions=True)
+            return await self._watch(process, channel, engine, epoch)
         finally:
             self._channel, self.worker_pid = None, None
             if process is not None:
-                await self._end(process, channel, epoch)
+                await self._end(process, channel, epoch, polite=engine.ready is not None)
             channel.close()
             path.unlink(missing_ok=True)
+
+    async def _watch(
+        self,
+        process: Process,
+        channel: AsyncChannel[FromWorker, ToWorker],
+        engine: Engine,
+        epoch: int,
+    ) -> str:
+        """Until the worker dies, says that it failed, or breaks the protocol; returns which."""
+        reader = asyncio.ensure_future(self._read(channel, engine, epoch))
+        death = asyncio.ensure_future(process.wait())
+        broken = asyncio.ensure_future(engine.wait_broken())
+        tasks = {reader, death, broken}
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            self._channel = None
+            if broken.done():
+                return broken.result()
+            if not reader.done():
+                await asyncio.wait({reader}, timeout=LAST_WORDS_S)
+            return reader.result() if reader.done() else _how_it_died(process)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _read(
         self, channel: AsyncChannel[FromWorker, ToWorker], engine: Engine, epoch: int
@@ -167,6 +182,10 @@ class Supervisor:
                     )
                 await channel.send(self._load(epoch))
             case Ready():
+                if min(message.max_batch_size, message.max_num_tokens, message.max_seq_len) < 1:
+                    raise ChannelError(f"a worker without room: {message}")
+                if message.num_blocks < 2 or message.block_size < 1:
+                    raise ChannelError(f"a worker without a KV cache: {message}")
                 engine.worker_ready(message)
             case Failed():
                 if message.user_error:
@@ -175,21 +194,28 @@ class Supervisor:
         return None
 
     async def _end(
-        self, process: Process, channel: AsyncChannel[FromWorker, ToWorker], epoch: int
+        self,
+        process: Process,
+        channel: AsyncChannel[FromWorker, ToWorker],
+        epoch: int,
+        polite: bool,
     ) -> None:
-        """Asks, then insists. A worker also ends by itself when its standard input closes."""
-        if process.returncode is not None:
-            return
-        with contextlib.suppress(asyncio.CancelledError, TimeoutError):
-            async with asyncio.timeout(STOP_TIMEOUT_S):
-                with contextlib.suppress(ChannelError):
-                    await channel.send(Stop(epoch))
-                if process.stdin is not None:
-                    process.stdin.close()
+        """Asks a worker that serves, then insists. It ends by itself too when its standard input
+        closes, as it does when this process dies."""
+        try:
+            if polite and process.returncode is None:
+                async with asyncio.timeout(STOP_TIMEOUT_S):
+                    with contextlib.suppress(ChannelError):
+                        await channel.send(Stop(epoch))
+                    await process.wait()
+        except TimeoutError:
+            log.warning("the worker does not stop; killing it", pid=process.pid)
+        finally:
+            if process.returncode is None:
+                process.kill()
                 await process.wait()
-                return
-        process.kill()
-        await process.wait()
+            if process.stdin is not None:
+                process.stdin.close()
 
 
 def _how_it_died(process: Process) -> str:
@@ -200,7 +226,9 @@ def _how_it_died(process: Process) -> str:
 
 
 def prepare_runtime_dir(path: Path) -> None:
-    """Makes the directory of the sockets, for this user alone. Raises OSError."""
+    """Makes the directory of the sockets, for this user alone; one that exists must be this user's,
+    and no link. Raises OSError."""
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if path.stat().st_uid != os.geteuid():
-        raise PermissionError(13, "belongs to another user", str(path))
+    found = path.lstat()
+    if found.st_uid != os.geteuid() or not stat.S_ISDIR(found.st_mode):
+        raise PermissionError(13, "is not a directory of this user", str(path))

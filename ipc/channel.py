@@ -2,7 +2,7 @@
 
 Every socket has its limits set: ZeroMQ's defaults are no maximum message size and an endless
 linger. Messages are single frames; a multipart message is refused, because the size limit holds
-for each frame and not for their sum. `ipc://` sockets lie in a directory of mode 0700.
+for each frame and not for their sum. Peers of another uid are not let in.
 """
 
 import os
@@ -15,8 +15,6 @@ import zmq.asyncio
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 HIGH_WATER_MARK = 64
-MAX_IPC_PATH = 107
-"""Bytes of a Unix socket path, as Linux has it (sun_path less the final NUL)."""
 
 In = TypeVar("In")
 Out = TypeVar("Out")

@@ -1,7 +1,8 @@
 """A Generation as the body of an HTTP answer, whole or streamed, in OpenAI's two dialects."""
 
+import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -57,15 +58,19 @@ class Answer:
 
     # ---- shared ----
 
-    async def events(self) -> AsyncIterator[bytes]:
-        """The answer as server-sent events."""
-        for choice in self.opening():
-            yield sse(self._chunk([choice]))
+    async def events(self) -> AsyncGenerator[bytes]:
+        """The answer as server-sent events. Raises ApiError if a choice fails before the first."""
         async with aclosing(self.generation.deltas()) as deltas:
+            is_open = False
             async for delta in deltas:
                 if (error := failure(delta)) is not None:
+                    if not is_open:
+                        raise error
                     yield sse(error.body())
                     return
+                for choice in () if is_open else self.opening():
+                    yield sse(self._chunk([choice]))
+                is_open = True
                 if (choice_fields := self.chunk_choice(delta)) is not None:
                     yield sse(self._chunk([choice_fields]))
         if self._usage_at_end:
@@ -80,17 +85,21 @@ class Answer:
                 if (error := failure(delta)) is not None:
                     raise error
                 collected[delta.index].append(delta)
+        # A thread gives way to the loop; the log-probabilities of a long prompt take a while.
+        choices = await asyncio.to_thread(self._whole_choices, collected)
         return {
             "id": self.request_id,
             "object": self.whole_object,
             "created": self.created,
             "model": self.body.model,
-            "choices": [
-                self.whole_choice(self.choices[index], deltas)
-                for index, deltas in collected.items()
-            ],
+            "choices": choices,
             "usage": render.usage(self.generation),
         }
+
+    def _whole_choices(self, collected: dict[int, list[Delta]]) -> list[dict[str, Any]]:
+        return [
+            self.whole_choice(self.choices[index], deltas) for index, deltas in collected.items()
+        ]
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         fields: dict[str, Any] = {

@@ -1,7 +1,8 @@
 """What Starlette leaves to us: bounded bodies, clients that leave, server-sent events."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 import msgspec
@@ -42,7 +43,8 @@ async def read_body(scope: Scope, receive: Receive) -> bytes:
                 if not message.get("more_body", False):
                     return b"".join(parts)
     except TimeoutError:
-        raise ApiError(408, f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s") from None
+        message = f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s"
+        raise ApiError(408, message, headers={"connection": "close"}) from None
 
 
 def _too_large() -> ApiError:
@@ -83,10 +85,14 @@ async def send_response(response: Response, scope: Scope, receive: Receive, send
         raise ClientGone from None
 
 
-async def send_events(events: AsyncIterator[bytes], send: Send) -> None:
+async def send_events(events: AsyncGenerator[bytes], send: Send) -> None:
     """Server-sent events. The first event is awaited before the status line is sent, so that what
     fails at once is answered with its own status."""
-    first = await anext(events)
+    async with aclosing(events):
+        await _send_events(await anext(events), events, send)
+
+
+async def _send_events(first: bytes, events: AsyncIterator[bytes], send: Send) -> None:
     headers = [
         (b"content-type", b"text/event-stream; charset=utf-8"),
         (b"cache-control", b"no-cache"),

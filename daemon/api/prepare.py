@@ -45,6 +45,8 @@ def check_common(body: Common) -> None:
     """What types cannot say. Raises ApiError."""
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options is allowed only with stream", "stream_options")
+    if body.max_tokens is not None and body.min_tokens > body.max_tokens:
+        raise invalid(f"min_tokens {body.min_tokens} is more than max_tokens", "min_tokens")
     for text in stop_strings(body):
         if len(text.encode("utf-8", "surrogatepass")) > MAX_STOP_BYTES:
             raise invalid(f"a stop string has more than {MAX_STOP_BYTES} bytes", "stop")
@@ -154,13 +156,17 @@ def make_generation(
     engine: Engine,
     starts_inside: bool | None = None,
 ) -> Generation:
-    """One Choice for each prompt and each of `n`. `starts_inside` is None where thinking is not
+    """One Choice for each prompt and each of `n`, each with a seed of its own; where the client
+    gave one, choice i of every prompt has seed + i. `starts_inside` is None where thinking is not
     split off. Raises ApiError for a prompt that does not fit."""
     ready = require_ready(engine, info)
     ends = frozenset() if body.ignore_eos else info.eos_token_ids
     stop_token_ids = frozenset(ends | set(body.stop_token_ids))
     choices: list[Choice] = []
     num_choices = body.n or 1
+    if (wanted := len(prompts) * num_choices) > engine.max_queued_requests:
+        limit = engine.max_queued_requests
+        raise invalid(f"{wanted} sequences; at most {limit} may wait", "n")
     for prompt_ids in prompts:
         check_length(len(prompt_ids), ready)
         for copy in range(num_choices):
@@ -168,7 +174,7 @@ def make_generation(
             request = Request(
                 f"{request_id}-{index}",
                 prompt_ids,
-                _with_seed(sample, copy),
+                _with_seed(sample, index if body.seed is None else copy),
                 max_tokens,
                 stop_token_ids,
                 body.priority,

@@ -9,6 +9,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_TIMEOUT_S = 10.0
 MAX_PIPELINED_BYTES = 64 * 1024
+ABORT = "dsd.abort"
+"""In the scope: drops the connection with what it has not sent. Closing waits for a client that
+does not read."""
 
 
 class Protocol(H11Protocol):
@@ -24,8 +27,12 @@ class Protocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
+        if self.scope is not None:
+            self.scope[ABORT] = self.transport.abort
         state = self.conn.their_state
-        if state is h11.IDLE:
+        # What still comes of a body whose request has been answered has a deadline too.
+        answered = state is h11.SEND_BODY and self.conn.our_state is h11.DONE
+        if state is h11.IDLE or answered:
             self._await_head()
         else:
             self._forget_head()
