@@ -26,6 +26,10 @@ FAULTS = (ListenError, TokenizerError, TemplateError, WorkerFailed)
 """What the world did; one sentence each, exit status 1."""
 
 
+INTERRUPTED = 130
+"""Exit status of what Ctrl-C ended."""
+
+
 class Fault(click.ClickException):
     """Ends the command with one sentence and exit status 1."""
 
@@ -150,7 +154,10 @@ def demo(port: int) -> None:
     from . import demo as demonstration
 
     config, _ = configure(None, None, {"port": port, "level": "warning"})
-    run(demonstration.show(config, click.echo))
+    try:
+        run(demonstration.show(config, click.echo))
+    except demonstration.Interrupted:
+        raise SystemExit(INTERRUPTED) from None
 
 
 if __name__ == "__main__":

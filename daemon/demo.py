@@ -34,6 +34,10 @@ QUESTIONS: tuple[tuple[str, ...], ...] = (
 DIM, BOLD, PLAIN = "\x1b[2m", "\x1b[1m", "\x1b[0m"
 
 
+class Interrupted(Exception):
+    """A signal ended the demonstration."""
+
+
 async def show(config: Config, say: Callable[[str], None]) -> None:
     """Starts the daemon on a free port, asks, prints, and stops it."""
     with tempfile.TemporaryDirectory(prefix="dsd-demo-") as directory:
@@ -42,15 +46,20 @@ async def show(config: Config, say: Callable[[str], None]) -> None:
         say("starting the daemon ...")
         running = asyncio.ensure_future(node.run())
         asking = asyncio.ensure_future(_ask(node, say))
+        stopping = asyncio.ensure_future(node.wait_stop())
+        tasks = {running, asking, stopping}
         try:
-            await asyncio.wait({running, asking}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if running.done():
                 running.result()  # raises what ended the daemon
+            if stopping.done():
+                raise Interrupted
             await asking
         finally:
             asking.cancel()
-            node.stop()
-            await asyncio.gather(running, asking, return_exceptions=True)
+            stopping.cancel()
+            node.stop(hurry=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
         say(_what_next(config))
 
 
@@ -104,7 +113,10 @@ def _stream(port: int, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
     connection.request(
         "POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"}
     )
-    for line in connection.getresponse():
+    response = connection.getresponse()
+    if response.status != 200:
+        raise ConnectionError(response.read().decode())
+    for line in response:
         if line.startswith(b"data: ") and not line.startswith(b"data: [DONE]"):
             yield json.loads(line[6:])
     connection.close()

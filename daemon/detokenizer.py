@@ -5,6 +5,7 @@ Knows only the tokenizer's table of bytes. One Detokenizer belongs to one sequen
 
 import codecs
 from collections.abc import Collection, Sequence
+from functools import lru_cache
 
 
 class StopMatcher:
@@ -39,6 +40,7 @@ class StopMatcher:
         return -1
 
 
+@lru_cache(maxsize=256)
 def _borders(word: str) -> list[int]:
     """For each prefix of `word`: the length of its longest proper prefix that also ends it."""
     borders = [0] * len(word)

@@ -40,7 +40,10 @@ def ask(path: Path, command: str) -> dict[str, Any]:
     except TimeoutError as error:
         raise Unreachable(f"the daemon on {path} does not answer") from error
     except OSError as error:
-        raise Unreachable(f"no daemon answers on {path}: {error.strerror or error}") from error
+        raise Unreachable(
+            f"no daemon answers on {path}: {error.strerror or error}; "
+            "a daemon that was started with --runtime-dir needs the same one here"
+        ) from error
     if not data:
         raise Unreachable(f"the daemon on {path} closed the connection")
     reply: dict[str, Any] = json.loads(data)
@@ -55,11 +58,27 @@ def ask(path: Path, command: str) -> dict[str, Any]:
 @click.pass_context
 def main(context: click.Context, runtime_dir: str) -> None:
     """Control a running dsd."""
-    context.obj = configuration.control_socket(ServerConfig(runtime_dir=runtime_dir))
+    context.obj = _control_socket(runtime_dir)
+
+
+def _control_socket(runtime_dir: str) -> Path:
+    return configuration.control_socket(ServerConfig(runtime_dir=runtime_dir))
+
+
+def _take_runtime_dir(context: click.Context, _: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        context.obj = _control_socket(value)
+
+
+runtime_dir_too = click.option(
+    "--runtime-dir", expose_value=False, callback=_take_runtime_dir, help="As before the command."
+)
+"""The option after the command as well, where people look for it."""
 
 
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="The whole answer as JSON.")
+@runtime_dir_too
 @click.pass_obj
 def status(path: Path, as_json: bool) -> None:
     """Show model, state, ranks, requests, KV use and speed."""
@@ -71,6 +90,7 @@ def status(path: Path, as_json: bool) -> None:
 
 
 @main.command()
+@runtime_dir_too
 @click.pass_obj
 def drain(path: Path) -> None:
     """Take no new requests; finish those at hand."""
@@ -80,6 +100,7 @@ def drain(path: Path) -> None:
 
 
 @main.command()
+@runtime_dir_too
 @click.pass_obj
 def resume(path: Path) -> None:
     """Take requests again after a drain."""
@@ -87,6 +108,7 @@ def resume(path: Path) -> None:
 
 
 @main.command()
+@runtime_dir_too
 @click.pass_obj
 def reload(path: Path) -> None:
     """Read the configuration file again, and apply what can change while the daemon runs."""

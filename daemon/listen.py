@@ -6,6 +6,8 @@ import socket
 from pathlib import Path
 
 BACKLOG = 2048
+SEND_BUFFER_BYTES = 128 * 1024
+"""Of each connection: what a client that does not read may cost (the kernel doubles it)."""
 
 
 class ListenError(Exception):
@@ -23,6 +25,7 @@ def tcp(host: str, port: int) -> socket.socket:
         raise ListenError(f"cannot listen on {host}: {error.strerror or error}") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         listener.bind(address)
         listener.listen(BACKLOG)
     except OSError as error:

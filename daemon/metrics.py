@@ -8,7 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from .engine import Engine, EngineState
+from .engine import Engine
 from .generation import Generation
 
 _TIMES_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -17,9 +17,11 @@ _TIMES_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 class Metrics:
     """One registry; the engine is read when somebody looks."""
 
-    def __init__(self, engine: Engine, rebuilds: Callable[[], int]) -> None:
+    def __init__(
+        self, engine: Engine, rebuilds: Callable[[], int], is_ready: Callable[[], bool]
+    ) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(engine, rebuilds))
+        self._registry.register(_EngineCollector(engine, rebuilds, is_ready))
         self._ttft = self._histogram("time_to_first_token", "From the request to its first token")
         self._e2e = self._histogram("e2e_request_latency", "From the request to its last token")
         self._tpot = self._histogram("time_per_output_token", "Mean between a request's tokens")
@@ -48,9 +50,12 @@ class Metrics:
 
 
 class _EngineCollector(Collector):
-    def __init__(self, engine: Engine, rebuilds: Callable[[], int]) -> None:
+    def __init__(
+        self, engine: Engine, rebuilds: Callable[[], int], is_ready: Callable[[], bool]
+    ) -> None:
         self._engine = engine
         self._rebuilds = rebuilds
+        self._is_ready = is_ready
 
     def collect(self) -> Iterator[Metric]:
         engine = self._engine
@@ -70,7 +75,7 @@ class _EngineCollector(Collector):
             ended.add_metric([str(reason)], count)
         yield ended
         yield GaugeMetricFamily("dsd:ready", "1: requests are served",
-                                value=float(engine.state is EngineState.READY))  # fmt: skip
+                                value=float(self._is_ready()))  # fmt: skip
         yield from self._gauges()
 
     def _counters(self, **values: int) -> Iterator[Metric]:

@@ -35,7 +35,6 @@ from .template import TemplateRenderer
 
 log = logs.get("node")
 
-MAX_HEAD_BYTES = 32 * 1024
 KEEP_ALIVE_S = 75
 SHUTDOWN_TIMEOUT_S = 1
 """For aborted requests to end, and again for their connections: all of a stop, the worker's end
@@ -141,9 +140,15 @@ class Node:
         finally:
             self.info.close()
 
-    def stop(self) -> None:
-        """Drain and end, as SIGTERM does."""
+    def stop(self, hurry: bool = False) -> None:
+        """Drain and end, as SIGTERM does; with `hurry`, as a second one does."""
+        if hurry:
+            self._hurry.set()
         self._stop.set()
+
+    async def wait_stop(self) -> None:
+        """Until the daemon has been told to end."""
+        await self._stop.wait()
 
     async def wait_ready(self) -> None:
         """Until a request would be served."""
@@ -154,6 +159,7 @@ class Node:
             await self._renderer.stop()
         self.info.close()
         self._notifier.close()
+        log.info("stopped")
         for path in (
             configuration.api_socket(self.config.server),
             configuration.control_socket(self.config.server),
@@ -167,7 +173,8 @@ class Node:
         self._notifier.stopping("draining")
         stats = self.engine.stats()
         live = 0 if stats is None else stats.num_running + stats.num_waiting
-        log.info("draining", live_requests=live, timeout_s=timeout_s)
+        hint = "a second signal stops at once"
+        log.info("draining", live_requests=live, timeout_s=timeout_s, hint=hint)
         idle = asyncio.ensure_future(self.engine.wait_idle())
         hurry = asyncio.ensure_future(self._hurry.wait())
         try:
@@ -175,6 +182,7 @@ class Node:
                 {idle, hurry}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
             )
             if not idle.done():
+                log.warning("not waiting any longer; live requests are aborted")
                 self.engine.abort_all("the daemon is stopping")
                 await asyncio.wait({idle}, timeout=SHUTDOWN_TIMEOUT_S)
         finally:
@@ -204,8 +212,12 @@ class Node:
 
     def addresses(self) -> list[str]:
         """Where the HTTP API is."""
-        server = self.config.server
-        return [f"http://{server.host}:{self.port}", f"unix:{configuration.api_socket(server)}"]
+        return [self.url, f"unix:{configuration.api_socket(self.config.server)}"]
+
+    @property
+    def url(self) -> str:
+        host = self.config.server.host
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
     def _catch_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -223,7 +235,9 @@ class Node:
             self.info,
             self.engine,
             lambda: self._renderer,
-            metrics := Metrics(self.engine, lambda: self.supervisor.rebuilds),
+            metrics := Metrics(
+                self.engine, lambda: self.supervisor.rebuilds, lambda: self.health()[0]
+            ),
         )
         settings = uvicorn.Config(
             app.build(openai, metrics, self.health),
@@ -234,7 +248,7 @@ class Node:
             log_config=None,
             access_log=False,
             server_header=False,
-            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+            h11_max_incomplete_event_size=app.MAX_HEAD_BYTES,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_S,
         )
@@ -261,6 +275,7 @@ class Node:
             self._is_loading.clear()
             await self._is_loading.wait()
             await self.engine.wait_ready()
+            log.info("ready again", epoch=self.engine.ready.epoch if self.engine.ready else None)
 
     def _load_message(self, epoch: int) -> Load:
         model, engine = self.config.model, self.config.engine
@@ -296,7 +311,7 @@ class Node:
         log.info(
             "ready",
             model=self.info.name,
-            url=f"http://{server.host}:{self.port}",
+            url=self.url,
             uds=str(configuration.api_socket(server)),
             device=ready.device,
             dtype=ready.dtype,

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..ipc.messages import Sampling
 from .config import Config
 from .detokenizer import Detokenizer
+from .engine import Unavailable
 from .generation import Choice, Generation
 from .node import Node
 from .request import FinishReason, Refused, Request
@@ -50,7 +51,10 @@ def read_prompts(given: tuple[str, ...], path: Path | None) -> list[str]:
 async def generate(config: Config, job: Job, say: Callable[[str], None]) -> None:
     """Loads the model, generates for all prompts at once, and prints them in their order."""
     with tempfile.TemporaryDirectory(prefix="dsd-") as directory:
-        server = msgspec.structs.replace(config.server, runtime_dir=directory)
+        queue = max(config.server.max_queued_requests, len(job.prompts))
+        server = msgspec.structs.replace(
+            config.server, runtime_dir=directory, max_queued_requests=queue
+        )
         node = Node(msgspec.structs.replace(config, server=server))
         async with node.model_only():
             tokenizer = node.info.tokenizer
@@ -80,7 +84,7 @@ async def _run(node: Node, job: Job, prompts: list[list[int]]) -> list[str]:
     generation = Generation(node.engine, choices)
     try:
         await generation.start()
-    except Refused as error:
+    except (Refused, Unavailable) as error:
         raise WorkerFailed(str(error)) from error
     texts = [""] * len(prompts)
     with _progress_bar() as bar:

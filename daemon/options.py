@@ -102,6 +102,10 @@ YAML_SECTIONS = {
 """Keys of the guide's `--extra_llm_api_options` file, in `pytorch_backend_config` or beside it."""
 
 
+UNSUPPORTED = {"speculative_config": "multi-token prediction", "moe_backend": "a MoE back end"}
+"""Keys of the guide's file that this version knows, and refuses."""
+
+
 def normalise(name: str) -> str:
     """click's token normaliser: `--max_batch_size` is `--max-batch-size`."""
     return name.replace("_", "-")
@@ -159,6 +163,9 @@ def read_yaml(path: Path) -> Overrides:
     result: Overrides = {}
     for key, value in {**fields, **inner}.items():
         section = YAML_SECTIONS.get(key)
+        if key in UNSUPPORTED:
+            what = UNSUPPORTED[key]
+            raise ConfigError(f"{path}: {key}: {what} is not supported by this version")
         if section is None:
             raise ConfigError(f"{path}: unknown key {key!r}")
         result.setdefault(section, {})[key] = value

@@ -109,21 +109,31 @@ class Supervisor:
         channel = AsyncChannel[FromWorker, ToWorker](address, FromWorker)
         process: Process | None = None
         try:
-            process = await asyncio.create_subprocess_exec(
-                *self._command,
-                address,
-                "0",
-                stdin=asyncio.subprocess.PIPE,
-                env=worker_environment(),
-            )
+            spawning = asyncio.ensure_future(self._spawn(address))
+            try:
+                process = await asyncio.shield(spawning)
+            except asyncio.CancelledError:
+                process = await spawning  # it may run already, and must be ended
+                raise
             self._channel, self.worker_pid = channel, process.pid
             return await self._watch(process, channel, engine, epoch)
         finally:
             self._channel, self.worker_pid = None, None
-            if process is not None:
-                await self._end(process, channel, epoch, polite=engine.ready is not None)
-            channel.close()
-            path.unlink(missing_ok=True)
+            try:
+                if process is not None:
+                    await self._end(process, channel, epoch, polite=engine.ready is not None)
+            finally:
+                channel.close()
+                path.unlink(missing_ok=True)
+
+    async def _spawn(self, address: str) -> Process:
+        return await asyncio.create_subprocess_exec(
+            *self._command,
+            address,
+            "0",
+            stdin=asyncio.subprocess.PIPE,
+            env=worker_environment(),
+        )
 
     async def _watch(
         self,
@@ -211,11 +221,21 @@ class Supervisor:
         except TimeoutError:
             log.warning("the worker does not stop; killing it", pid=process.pid)
         finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-            if process.stdin is not None:
-                process.stdin.close()
+            await _reap(process)
+
+
+async def _reap(process: Process) -> None:
+    """Kills what still runs and waits for its end, which is soon; a cancellation waits too."""
+    if process.stdin is not None:
+        process.stdin.close()
+    if process.returncode is None:
+        process.kill()
+    dying = asyncio.ensure_future(process.wait())
+    try:
+        await asyncio.shield(dying)
+    except asyncio.CancelledError:
+        await dying
+        raise
 
 
 def _how_it_died(process: Process) -> str:

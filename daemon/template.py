@@ -56,6 +56,8 @@ def normalise_messages(
 
 
 def _normalise(index: int, message: Mapping[str, Any], object_arguments: bool) -> Message:
+    if message.get("role") is None:
+        raise TemplateError(f"messages[{index}] has no role.")
     role = _ROLES.get(str(message.get("role")))
     if role is None:
         raise TemplateError(f"messages[{index}] has the unknown role {message.get('role')!r}.")

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -43,7 +44,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def main() -> None:
     """Connects, loads, and works until told to stop."""
     address, rank = sys.argv[1], int(sys.argv[2])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the daemon's to handle
+    for number in (signal.SIGINT, signal.SIGTERM):  # to the whole group: the daemon's to handle
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_exit_with_daemon, name="daemon-watch", daemon=True).start()
     with BlockingChannel[ToWorker, FromWorker](address, ToWorker) as channel:
         channel.send(Hello(PROTOCOL, os.getpid(), rank))
@@ -57,11 +59,24 @@ def main() -> None:
             channel.send(Failed(load.epoch, str(error), user_error=True))
             return
         except OSError as error:
-            message = f"{error.filename} cannot be read: {error.strerror}"
+            message = f"{error.filename or load.model_dir} cannot be read: {error.strerror}"
             channel.send(Failed(load.epoch, message, user_error=True))
+            return
+        except (RuntimeError, MemoryError) as error:  # torch's way to say: out of memory
+            traceback.print_exc()
+            channel.send(Failed(load.epoch, _does_not_fit(load, error), user_error=True))
             return
         channel.send(ready)
         serve(channel, runner)
+
+
+def _does_not_fit(load: Load, error: Exception) -> str:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return (
+        f"the model cannot be set up with max_batch_size {load.max_batch_size}, max_num_tokens "
+        f"{load.max_num_tokens}, max_seq_len {load.max_seq_len} and kv_cache_gb "
+        f"{load.kv_cache_gb} (0: chosen here): {reason}"
+    )
 
 
 def serve(channel: Channel, runner: Runner) -> None:
@@ -171,8 +186,10 @@ def _notes(config: ModelConfig, act_quant: bool, device: torch.device) -> tuple[
         notes.append("hf_quant_config.json asks for an fp8 KV cache; it is kept unquantised")
     if config.num_nextn_predict_layers:
         notes.append("the MTP layers of the checkpoint are not used by this version")
-    if device.type == "cuda":
-        notes.append("decode runs eagerly: this version has no CUDA graphs (use_cuda_graph)")
+    notes.append(
+        "this version has no CUDA graphs: use_cuda_graph, cuda_graph_padding_enabled and "
+        "cuda_graph_batch_sizes have no effect"
+    )
     if device.type == "cpu":
         notes.append(f"the model runs on {torch.get_num_threads()} CPU threads")
     return tuple(notes)

@@ -139,6 +139,8 @@ def main() -> None:
     parser.add_argument("--filter", action="append", default=[], help="part of the case's name")
     parser.add_argument("--json", type=Path, help="file to write")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("bench_kernels needs a GPU")
     ceiling = ceilings()
     card = torch.cuda.get_device_name()
     print(f"{card}, torch {torch.__version__}, triton {triton.__version__}")

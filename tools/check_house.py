@@ -25,7 +25,9 @@ CHANNEL_IN_MODEL = {"worker.py"}
 NO_TORCH = ("daemon", "ipc")
 FORBIDDEN = {"torch", "triton", "transformers", "safetensors"}
 NO_CODE_FROM_DATA = {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
-FORBIDDEN_CALLS = {"eval", "exec", "recv_pyobj", "send_pyobj"}
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
+FORBIDDEN_METHODS = {"recv_pyobj", "send_pyobj"}
+FORBIDDEN_LOADS = {("torch", "load"), ("yaml", "load"), ("np", "load"), ("numpy", "load")}
 MAX_FILE_LINES = 450
 MAX_FUNCTION_LINES = 60
 
@@ -50,17 +52,20 @@ def problems(path: Path) -> Iterator[str]:
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             if length > MAX_FUNCTION_LINES:
                 yield f"{name}:{node.lineno}: {node.name} has {length} lines"
-        elif isinstance(node, ast.Call) and (called := _called(node)) in FORBIDDEN_CALLS:
+        elif isinstance(node, ast.Call) and (called := _forbidden(node)):
             yield f"{name}:{node.lineno}: calls {called}: no code from data"
 
 
-def _called(node: ast.Call) -> str:
+def _forbidden(node: ast.Call) -> str:
+    """The name of what is called, if it makes code of data."""
     function = node.func
     if isinstance(function, ast.Name):
-        return function.id
-    if isinstance(function, ast.Attribute) and function.attr in ("recv_pyobj", "send_pyobj"):
-        return function.attr
-    return ""
+        return function.id if function.id in FORBIDDEN_CALLS else ""
+    if not isinstance(function, ast.Attribute):
+        return ""
+    owner = function.value.id if isinstance(function.value, ast.Name) else ""
+    is_load = (owner, function.attr) in FORBIDDEN_LOADS
+    return function.attr if is_load or function.attr in FORBIDDEN_METHODS else ""
 
 
 def _import_problems(path: Path, node: ast.Import | ast.ImportFrom) -> Iterator[str]:

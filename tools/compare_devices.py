@@ -62,6 +62,8 @@ def random_prompts(count: int, vocab_size: int, seed: int = 5) -> list[list[int]
 @click.option("--act-quant", default="fp8", show_default=True)
 def main(directory: Path, count: int, max_tokens: int, dtype: str, act_quant: str) -> None:
     """Compare the CPU's and the GPU's greedy answers."""
+    if not torch.cuda.is_available():
+        raise click.ClickException("compare_devices needs a GPU")
     answers = {}
     for device in ("cuda", "cpu"):
         engine = LocalEngine(directory, device, dtype, act_quant, max_batch_size=32)

@@ -117,10 +117,18 @@ def write_checkpoint(directory: Path, fields: dict[str, Any], seed: int = 0) -> 
 @click.option("--config", "config_file", type=click.Path(path_type=Path, exists=True))
 @click.option("--tokenizer", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--seed", default=0, show_default=True)
+@click.option("--force", is_flag=True, help="Replace what is in DIRECTORY.")
 def main(
-    directory: Path, wide: bool, config_file: Path | None, tokenizer: Path | None, seed: int
+    directory: Path,
+    wide: bool,
+    config_file: Path | None,
+    tokenizer: Path | None,
+    seed: int,
+    force: bool,
 ) -> None:
     """Write a random checkpoint to DIRECTORY."""
+    if directory.exists() and any(directory.iterdir()) and not force:
+        raise click.ClickException(f"{directory} is not empty; --force replaces what is in it")
     fields = WIDE if wide else SMALL
     if config_file is not None:
         fields = json.loads(config_file.read_text())

@@ -17,10 +17,12 @@ from ..metrics import Metrics
 from .errors import ApiError
 from .http import ClientGone, json_response
 from .openai import OpenAI
+from .protocol import ABORT
 
 log = logs.get("api")
 Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
 MAX_REQUEST_ID = 128
+MAX_HEAD_BYTES = 32 * 1024
 MAX_FIELDS = 64
 """Header fields of a request."""
 
@@ -71,7 +73,9 @@ def build(openai: OpenAI, metrics: Metrics, health: Callable[[], tuple[bool, str
         Route("/detokenize", Endpoint(openai.detokenize), methods=post),
     ]
     handlers: Mapping[Any, Any] = {HTTPException: _http_error, Exception: _fault}
-    return Surroundings(Starlette(routes=routes, exception_handlers=handlers))
+    app = Starlette(routes=routes, exception_handlers=handlers)
+    app.router.redirect_slashes = False  # a redirect would carry the client's Host header
+    return Surroundings(app)
 
 
 async def _http_error(request: HTTPRequest, error: Exception) -> Response:
@@ -101,10 +105,6 @@ class Surroundings:
         if scope["type"] != "http":
             return
         request_id = _request_id(scope)
-        if len(scope["headers"]) > MAX_FIELDS:
-            error = ApiError(431, f"the head has more than {MAX_FIELDS} fields")
-            await error.response()(scope, receive, send)
-            return
         is_complete = False
 
         async def send_with_id(message: Message) -> None:
@@ -116,13 +116,29 @@ class Surroundings:
             await send(message)
 
         try:
+            if (refusal := _check_head(scope)) is not None:
+                await refusal.response()(scope, receive, send_with_id)
+                return
             await self._app(scope, receive, send_with_id)
         except ClientGone:
             log.debug("client gone", path=scope["path"])
+            scope.get(ABORT, lambda: None)()
         except Exception:
             log.exception("request failed", path=scope["path"], request_id=request_id.decode())
             if not is_complete:  # in the middle of a stream: it must not look complete
                 raise
+
+
+def _check_head(scope: Scope) -> ApiError | None:
+    """h11 bounds a head only while it is incomplete: one that comes at once is looked at here."""
+    headers = scope["headers"]
+    if len(headers) > MAX_FIELDS:
+        return ApiError(431, f"the head has more than {MAX_FIELDS} fields")
+    size = len(scope["raw_path"]) + len(scope["query_string"])
+    size += sum(len(name) + len(value) for name, value in headers)
+    if size > MAX_HEAD_BYTES:
+        return ApiError(431, f"the head has more than {MAX_HEAD_BYTES} bytes")
+    return None
 
 
 def _request_id(scope: Scope) -> bytes:

@@ -79,5 +79,7 @@ def invalid(message: str, param: str | None = None) -> ApiError:
 def from_validation(error: msgspec.ValidationError) -> ApiError:
     """msgspec names the field in its message; hand it on as `param` too."""
     message = str(error)
-    found = re.search(r"`\$\.([^`]+)`", message) or re.search(r"unknown field `([^`]+)`", message)
+    found = re.search(r"`\$\.([^`]+)`", message) or re.search(
+        r"(?:unknown|required) field `([^`]+)`", message
+    )
     return ApiError(400, message, found.group(1) if found else None)

@@ -43,8 +43,8 @@ async def read_body(scope: Scope, receive: Receive) -> bytes:
                 if not message.get("more_body", False):
                     return b"".join(parts)
     except TimeoutError:
-        message = f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s"
-        raise ApiError(408, message, headers={"connection": "close"}) from None
+        why = f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s"
+        raise ApiError(408, why, headers={"connection": "close"}) from None
 
 
 def _too_large() -> ApiError:

@@ -35,6 +35,8 @@ they are decoded, before any bound of their types is looked at."""
 
 def decode(raw: bytes, body_type: type[Body]) -> Body:
     """JSON to a typed body. Raises ApiError 400 that names the field or the byte."""
+    if not raw:
+        raise invalid("the body is empty")
     if raw.count(b",") > MAX_COMMAS:
         raise invalid(f"the body has more than {MAX_COMMAS} commas; no context holds as much")
     try:
@@ -234,6 +236,9 @@ class OpenAI:
         prepare.require_loaded(self._info)
         if self._info.tokenizer is None:
             raise invalid("this checkpoint has no tokenizer")
+        size = len(self._info.tokenizer.token_bytes)
+        if max(body.tokens, default=0) >= size:
+            raise invalid(f"token id {max(body.tokens)} is outside the {size} tokens", "tokens")
         text = self._info.tokenizer.decode(
             body.tokens, skip_special_tokens=body.skip_special_tokens
         )
@@ -252,6 +257,12 @@ def _check_completion(body: CompletionRequest) -> None:
 def _check_chat(body: ChatRequest) -> None:
     if body.tools:
         raise invalid("tools are not supported by this version", "tools")
+    if body.tool_choice not in (None, "none", "auto"):
+        raise invalid("tool_choice is not supported by this version", "tool_choice")
+    if body.max_completion_tokens is not None and body.min_tokens > body.max_completion_tokens:
+        raise invalid(
+            f"min_tokens {body.min_tokens} is more than max_completion_tokens", "min_tokens"
+        )
     kind = (body.response_format or {}).get("type", "text")
     if kind != "text":
         raise invalid(

@@ -5,7 +5,7 @@ fields are refused too; those in `_Ignored` are accepted because OpenAI's client
 nothing.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
@@ -17,6 +17,7 @@ MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_TOKEN_IDS = 128
 MAX_PROMPTS = 256
+MAX_MESSAGES = 10_000
 
 Id = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Ids = list[Id]
@@ -92,7 +93,7 @@ class CompletionRequest(Common, forbid_unknown_fields=True, kw_only=True):
 class ChatRequest(Common, forbid_unknown_fields=True, kw_only=True):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[dict[str, Any]], Meta(min_length=1)]
+    messages: Annotated[list[dict[str, Any]], Meta(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
     logprobs: bool | None = False
     top_logprobs: Logprobs | None = None
@@ -100,7 +101,7 @@ class ChatRequest(Common, forbid_unknown_fields=True, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
     response_format: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: Any = None
 
 
 class TokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):

@@ -28,7 +28,7 @@ class Protocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.scope is not None:
-            self.scope[ABORT] = self.transport.abort
+            self.scope[ABORT] = self.transport.abort  # type: ignore[literal-required]
         state = self.conn.their_state
         # What still comes of a body whose request has been answered has a deadline too.
         answered = state is h11.SEND_BODY and self.conn.our_state is h11.DONE

@@ -323,7 +323,7 @@ def test_normalise_tool_call_arguments(arguments: Any, as_text: str, as_object: 
     ("message", "sentence"),
     [
         ({"role": "ctx", "content": "x"}, r"messages\[1\] has the unknown role 'ctx'"),
-        ({"content": "x"}, r"messages\[1\] has the unknown role None"),
+        ({"content": "x"}, r"messages\[1\] has no role"),
         (
             {"role": "user", "content": [{"type": "image_url"}]},
             r"messages\[1\] .* type 'image_url'",

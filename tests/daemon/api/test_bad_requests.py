@@ -122,7 +122,7 @@ CHAT_FAULTS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"top_logprobs": 5}, "top_logprobs", "logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "<= 20"),
     ({"tools": [{"type": "function"}]}, "tools", "tools"),
-    ({"tool_choice": "required"}, "tool_choice", "required"),
+    ({"tool_choice": "required"}, "tool_choice", "not supported"),
     ({"response_format": {"type": "json_object"}}, "response_format", "json_object"),
     ({"response_format": {"type": ["json"]}}, "response_format", "json"),
     ({"response_format": "text"}, "response_format", "`object"),
@@ -137,7 +137,7 @@ IGNORED_FIELDS: dict[str, Any] = {
 }  # fmt: skip
 # bytes that are no body at all, and a piece of the message
 BAD_BYTES = [
-    (b"", "valid JSON"),
+    (b"", "empty"),
     (b"{", "valid JSON"),
     (b"nonsense", "valid JSON"),
     (b"[]", "`object`"),
@@ -398,3 +398,13 @@ def test_hostile_body_is_400_and_does_not_stop_the_loop(client, daemon, name) ->
     print(f"{name}: {worst * 1000:.0f} ms")
     assert answers[0].status_code == 400
     assert worst < 0.1
+
+
+def test_head_larger_than_32_kib_is_431_though_it_came_whole(client) -> None:
+    answer = client.get("/livez", headers={"x-padding": "a" * 40_000})
+    check_error(answer, 431, None, "32768 bytes")
+
+
+def test_slash_at_the_end_is_no_redirect_to_the_clients_host(client) -> None:
+    answer = client.get("/livez/", headers={"host": "evil.example"}, follow_redirects=False)
+    check_error(answer, 404, None, "/livez/")

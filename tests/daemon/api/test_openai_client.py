@@ -235,6 +235,11 @@ def test_seed_repeats_and_another_seed_differs(client) -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_same_prompt_twice_in_a_list_has_its_own_noise(tcp) -> None:
+    body = GREEDY | {"temperature": 2.0, "max_tokens": 12, "prompt": ["What is"] * 3}
+    assert len({choice.text for choice in tcp.completions.create(**body).choices}) == 3
+
+
 @pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, -(2**63)])
 def test_seed_at_its_bounds_repeats(tcp, seed) -> None:
     body = GREEDY | {"temperature": 1.0, "max_tokens": 4, "seed": seed}
