@@ -5,7 +5,10 @@ import asyncio
 from typing import Any
 
 import h11
+import msgspec
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from .errors import ApiError
 
 HEAD_TIMEOUT_S = 10.0
 MAX_PIPELINED_BYTES = 64 * 1024
@@ -42,6 +45,18 @@ class Protocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget_head()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """What h11 cannot read, in the shape of every other error."""
+        body = ApiError(400, f"the request cannot be read: {msg}").body()
+        headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+        for event in (
+            h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+            h11.Data(data=msgspec.json.encode(body)),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def _read_on(self) -> None:
         """uvicorn stops reading when bytes follow the request at hand, and would not see the

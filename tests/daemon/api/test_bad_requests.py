@@ -408,3 +408,13 @@ def test_head_larger_than_32_kib_is_431_though_it_came_whole(client) -> None:
 def test_slash_at_the_end_is_no_redirect_to_the_clients_host(client) -> None:
     answer = client.get("/livez/", headers={"host": "evil.example"}, follow_redirects=False)
     check_error(answer, 404, None, "/livez/")
+
+
+def test_bytes_that_are_no_request_get_an_error_of_the_same_shape(daemon) -> None:
+    port = int(daemon.url.rsplit(":", 1)[1])
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+        connection.sendall(b"what is this\r\n\r\n")
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"
