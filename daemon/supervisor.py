@@ -108,6 +108,7 @@ class Supervisor:
         address = f"ipc://{path}"
         channel = AsyncChannel[FromWorker, ToWorker](address, FromWorker)
         process: Process | None = None
+        failed = False
         try:
             spawning = asyncio.ensure_future(self._spawn(address))
             try:
@@ -116,12 +117,15 @@ class Supervisor:
                 process = await spawning  # it may run already, and must be ended
                 raise
             self._channel, self.worker_pid = channel, process.pid
-            return await self._watch(process, channel, engine, epoch)
+            why = await self._watch(process, channel, engine, epoch)
+            failed = True
+            return why
         finally:
             self._channel, self.worker_pid = None, None
             try:
                 if process is not None:
-                    await self._end(process, channel, epoch, polite=engine.ready is not None)
+                    polite = engine.ready is not None and not failed
+                    await self._end(process, channel, epoch, polite)
             finally:
                 channel.close()
                 path.unlink(missing_ok=True)

@@ -424,6 +424,7 @@ def test_worker_killed_ends_streams_in_one_error_and_heals(start_fake, number) -
     end(daemon)
 
 
+@pytest.mark.slow
 def test_request_while_the_death_is_noticed_gets_an_answer_and_later_ones_are_served(
     start_fake,
 ) -> None:

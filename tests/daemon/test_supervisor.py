@@ -27,8 +27,8 @@ channel = BlockingChannel(sys.argv[1], ToWorker)
 channel.send(Hello(PROTOCOL, 1, 0))
 load = channel.receive()
 channel.send(Ready(load.epoch, "cpu", "float32", 100, 4, 16, 64, 9, 16, 1, 1))
-while True:
-    channel.receive()
+while not isinstance(channel.receive(), Stop):
+    pass
 """
 
 

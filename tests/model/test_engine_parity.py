@@ -278,6 +278,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_sampled_tokens_are_the_same_alone_in_a_batch_chunked_and_preempted(
     make_checkpoint, make_case, open_engine, prompt_of: Prompt
 ) -> None:
