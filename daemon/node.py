@@ -110,7 +110,7 @@ class Node:
                     group.create_task(self._bring_up()),
                 ]
                 await self._stop.wait()
-                await self._drain()
+                await self._drain(server)
                 server.should_exit = True
                 await serving
                 for task in tasks:
@@ -166,8 +166,9 @@ class Node:
         ):
             path.unlink(missing_ok=True)
 
-    async def _drain(self) -> None:
-        """Until the last request ends, the deadline passes, or a second signal comes."""
+    async def _drain(self, server: Server) -> None:
+        """Until the last answer is out, the deadline passes, or a second signal comes."""
+        deadline = time.monotonic() + self.config.server.drain_timeout_s
         timeout_s = self.config.server.drain_timeout_s
         self.engine.start_drain()
         self._notifier.stopping("draining")
@@ -185,6 +186,11 @@ class Node:
                 log.warning("not waiting any longer; live requests are aborted")
                 self.engine.abort_all("the daemon is stopping")
                 await asyncio.wait({idle}, timeout=SHUTDOWN_TIMEOUT_S)
+            # The engine is idle before the last answers are written; uvicorn has no event for that.
+            while (  # noqa: ASYNC110
+                server.server_state.tasks and time.monotonic() < deadline and not hurry.done()
+            ):
+                await asyncio.sleep(0.02)
         finally:
             for task in (idle, hurry):
                 task.cancel()
