@@ -51,10 +51,6 @@ class DecodeSet:
             self._snapshot = (list(self._active.values()), pack_int32(self._active))
         return self._snapshot
 
-    def num_scheduled(self, request: Request, tick: int) -> int:
-        """Tokens of an active row whose KV is computed once step `tick` is done."""
-        return self._offsets[request.row] + tick
-
     # ---- membership ----
 
     def enter(self, request: Request, tick: int, num_tokens: int) -> Phase:

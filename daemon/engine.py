@@ -195,12 +195,15 @@ class Engine:
 
     def tokens_per_s(self) -> float:
         """Generated tokens, over the last ten seconds."""
-        now = time.monotonic()
-        while self._rates and self._rates[0][0] < now - RATE_WINDOW_S:
-            self._rates.popleft()
+        self._forget_rates()
         return sum(count for _, count in self._rates) / RATE_WINDOW_S
 
     # ---- inside ----
+
+    def _forget_rates(self) -> None:
+        oldest = time.monotonic() - RATE_WINDOW_S
+        while self._rates and self._rates[0][0] < oldest:
+            self._rates.popleft()
 
     def _post(self, mail: _Mail) -> None:
         self._mail.append(mail)
@@ -306,8 +309,7 @@ class Engine:
         self.counters.steps += 1
         self.counters.generation_tokens += num_tokens
         self._rates.append((time.monotonic(), num_tokens))
-        if len(self._rates) > 1 and self._rates[0][0] < self._rates[-1][0] - RATE_WINDOW_S:
-            self._rates.popleft()
+        self._forget_rates()
         for event in events:
             self._deliver(event)
         if self.print_iter_log:

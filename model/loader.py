@@ -39,7 +39,6 @@ class Index:
         """What said so: the index file, or the one model.safetensors."""
         self.files = files
         """Tensor name -> file."""
-        self._stack = stack
         self._handles: dict[Path, Any] = {}
         for path in sorted(set(files.values())):
             self._handles[path] = stack.enter_context(_open(path))
