@@ -140,7 +140,9 @@ class StepOutput(msgspec.Struct, frozen=True, array_like=True, tag="step_output"
     prompt_logprobs: dict[int, tuple[LogprobEntry, ...]] = {}
     """By index into `Step.chunks`: entries for the prompt tokens after each of the chunk's."""
     compute_us: int = 0
-    """From the arrival of the step to its result."""
+    """That the step took on the device."""
+    idle_us: int = 0
+    """That the device stood idle between the step before and this one."""
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):

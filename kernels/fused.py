@@ -55,15 +55,17 @@ def add_rms_norm_quant(
     eps: float,
     ue8m0: bool = False,
     scale_k_major: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x, residual: [T, N] -> q [T, N] float8_e4m3fn, scale [T, ceil(N/128)] float32 of
-    rms_norm(x + residual), and x + residual."""
+    rms_norm(x + residual), that norm itself, and x + residual."""
     if not (runs_kernels(x) and has_fp8(x)):
         normed, total = add_rms_norm(x, residual, weight, eps)
-        return *quantize_1x128(normed, ue8m0, scale_k_major), total
+        return *quantize_1x128(normed, ue8m0, scale_k_major), normed, total
     total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     scale = empty_scale(x, x.shape[1], scale_k_major)
-    return _launch_norm(x, residual, weight, eps, total, scale, ue8m0), scale, total
+    q = _launch_norm(x, residual, weight, eps, total, scale, ue8m0, normed)
+    return q, scale, normed, total
 
 
 def _launch_norm(
@@ -74,9 +76,10 @@ def _launch_norm(
     total: Tensor | None = None,
     scale: Tensor | None = None,
     ue8m0: bool = False,
+    normed: Tensor | None = None,
 ) -> Tensor:
     """One program a token. Adds and writes `total` where there is a residual; quantises where there
-    is a scale."""
+    is a scale, and writes `normed` besides where that is given."""
     assert x.dim() == 2 and x.stride(1) == 1, (x.shape, x.stride())
     assert weight.is_contiguous() and weight.shape == x.shape[1:], (weight.shape, x.shape)
     if residual is not None:
@@ -87,7 +90,7 @@ def _launch_norm(
     out_dtype = x.dtype if scale is None else torch.float8_e4m3fn
     out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     _norm[(x.shape[0],)](
-        x, residual, weight, out, total, scale, eps, x.stride(0),
+        x, residual, weight, out, total, scale, normed, eps, x.stride(0),
         0 if residual is None else residual.stride(0),
         *((0, 0) if scale is None else scale.stride()), WIDTH=width, GROUPS=groups,
         UE8M0=ue8m0, num_warps=norm_warps(groups)
@@ -137,7 +140,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -
 
     x: [T, H, P] or [T, P], unit stride in P, other strides free
     cos, sin: [T, P/2] float32, contiguous
-    out: x's shape and dtype, the same strides allowed; must not overlap x; made if None
+    out: x's shape and dtype; x itself (then it is rotated in place), or apart from x; made if None
     """
     assert cos.dtype == float32 and cos.shape == (x.shape[0], x.shape[-1] // 2), (
         cos.shape,
@@ -244,8 +247,9 @@ def _weighted(x, weight, eps, WIDTH: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def _norm(
-    x, residual, weight, out, total, scale, eps, x_stride, residual_stride, scale_token_stride,
-    scale_group_stride, WIDTH: tl.constexpr, GROUPS: tl.constexpr, UE8M0: tl.constexpr
+    x, residual, weight, out, total, scale, plain, eps, x_stride, residual_stride,
+    scale_token_stride, scale_group_stride, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
+    UE8M0: tl.constexpr
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
@@ -263,6 +267,8 @@ def _norm(
     if scale is None:
         tl.store(out + at, normed, mask)
     else:
+        if plain is not None:
+            tl.store(plain + token * WIDTH + at, normed, mask)
         scale += token * scale_token_stride
         store_quantized(normed.to(tl.float32), group, out, scale, scale_group_stride, WIDTH, UE8M0)
 

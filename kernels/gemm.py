@@ -74,22 +74,46 @@ def grouped_linear(
     x: Tensor,
     w: Tensor,
     w_scale: Tensor | None,
-    counts: Tensor,
+    offsets: Tensor,
     act_quant: bool = False,
     ue8m0: bool = False,
+    expected: float | None = None,
 ) -> Tensor:
     """`linear` of contiguous groups of rows, each with its own weight.
 
     x: [M, K], the rows of expert 0 first; w: [E, N, K]; w_scale: [E, ceil(N/128), ceil(K/128)] or
-    None; counts: [E] int64, summing to M; empty groups are allowed. -> [M, N] in x's dtype.
+    None; offsets: [E] int64, the row behind each expert's last, at most M; expected: rows that an
+    expert has on average, for speed only. -> [M, N] in x's dtype; rows behind the last offset are
+    not written.
     """
-    assert w.dim() == 3 and counts.shape == (w.shape[0],), (w.shape, counts.shape)
-    x, offsets = adjacent(x), counts.cumsum(0)
+    assert w.dim() == 3 and offsets.shape == (w.shape[0],), (w.shape, offsets.shape)
+    x = adjacent(x)
+    if w_scale is not None and act_quant:
+        q, q_scale = quantize_1x128(x, ue8m0, scale_k_major=has_wgmma(x))
+        return grouped_fp8_linear(q, q_scale, w, w_scale, offsets, x.dtype, expected)
     out = torch.empty(x.shape[0], w.shape[1], dtype=x.dtype, device=x.device)
-    # On a GPU this would wait for it.
-    assert x.is_cuda or int(counts.sum()) == x.shape[0], (counts, x.shape)
-    if w_scale is None or not act_quant:
-        w = w.to(x.dtype) if w_scale is None else w
-        return moe_gemm.grouped_gemm_nt_contiguous(x, w, offsets, out, w_scale)
-    q, q_scale = quantize_1x128(x, ue8m0, scale_k_major=has_wgmma(x))
-    return moe_gemm.grouped_fp8_gemm_nt_contiguous(q, q_scale, w, w_scale, offsets, out)
+    w = w.to(x.dtype) if w_scale is None else w
+    return moe_gemm.grouped_gemm_nt_contiguous(x, w, offsets, out, w_scale)
+
+
+def grouped_fp8_linear(
+    q: Tensor,
+    q_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    offsets: Tensor,
+    out_dtype: torch.dtype,
+    expected: float | None = None,
+) -> Tensor:
+    """`grouped_linear` of rows that are quantised already: q [M, K] float8_e4m3fn, q_scale [M,
+    ceil(K/128)] float32, any layout."""
+    out = torch.empty(q.shape[0], w.shape[1], dtype=out_dtype, device=q.device)
+    return moe_gemm.grouped_fp8_gemm_nt_contiguous(q, q_scale, w, w_scale, offsets, out, expected)
+
+
+def linear_float32(x: Tensor, w: Tensor) -> Tensor:
+    """x: [T, K] of any float dtype, w: [N, K] -> [T, N] float32. On a GPU bf16 operands are
+    multiplied as they are, exactly, and summed in float32; on a CPU in x's dtype, and widened."""
+    if x.is_cuda and x.dtype == w.dtype == torch.bfloat16:
+        return torch.mm(x, w.t(), out_dtype=torch.float32)
+    return gemm_nt(x, w).float()

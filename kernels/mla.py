@@ -108,14 +108,15 @@ def _decode_reference(
 
 
 def mla_prefill(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, k_pe: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """q: [Tq, H, D], k: [Tk, H, D], v: [Tk, H, Dv] of one sequence. `causal`: both end at the same
-    token. -> out [Tq, H, Dv], lse [H, Tq] float32."""
-    assert k.shape[0] == v.shape[0] and q.shape[1:] == k.shape[1:], (q.shape, k.shape, v.shape)
+    """q: [Tq, H, D], k: [Tk, H, D], v: [Tk, H, Dv] of one sequence; or k: [Tk, H, D - P] and k_pe:
+    [Tk, P], which every head's key ends with. `causal`: both end at the same token. -> out [Tq, H,
+    Dv], lse [H, Tq] float32."""
+    assert k.shape[0] == v.shape[0] and q.shape[1] == k.shape[1], (q.shape, k.shape, v.shape)
     if not runs_kernels(q):
-        return reference.mla_prefill(q, k, v, scale, causal)
-    return prefill.attend(q, k, v, scale, causal)
+        return reference.mla_prefill(q, _whole(k, k_pe), v, scale, causal)
+    return prefill.attend(q, k, v, scale, causal, k_pe=k_pe)
 
 
 def mla_prefill_varlen(
@@ -127,17 +128,24 @@ def mla_prefill_varlen(
     max_q: int,
     scale: float,
     causal: bool,
+    k_pe: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same for sequences one after another: sequence i has queries cu_seqlens_q[i] ...
     cu_seqlens_q[i + 1] - 1 and keys likewise. cu_seqlens: [B + 1] int32 on q's device; max_q: the
     most queries of a sequence, or more. -> out [sum Tq, H, Dv], lse [H, sum Tq] float32."""
     assert cu_seqlens_q.shape == cu_seqlens_k.shape and cu_seqlens_q.dtype == torch.int32
     if runs_kernels(q):
-        return prefill.attend(q, k, v, scale, causal, (cu_seqlens_q, cu_seqlens_k), max_q)
+        return prefill.attend(q, k, v, scale, causal, (cu_seqlens_q, cu_seqlens_k), max_q, k_pe)
     spans_q, spans_k = (c.diff().tolist() for c in (cu_seqlens_q, cu_seqlens_k))
-    parts = zip(q.split(spans_q), k.split(spans_k), v.split(spans_k), strict=True)
+    parts = zip(q.split(spans_q), _whole(k, k_pe).split(spans_k), v.split(spans_k), strict=True)
     found = [reference.mla_prefill(*part, scale, causal) for part in parts]
     return torch.cat([out for out, _ in found]), torch.cat([lse for _, lse in found], dim=1)
+
+
+def _whole(k: Tensor, k_pe: Tensor | None) -> Tensor:
+    if k_pe is None:
+        return k
+    return torch.cat((k, k_pe[:, None].expand(-1, k.shape[1], -1)), dim=-1)
 
 
 def merge_attention(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> tuple[Tensor, Tensor]:

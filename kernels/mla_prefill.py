@@ -3,8 +3,11 @@ cache to a slice. Triton, any GPU.
 
 Causal slices end together: of num_q queries and num_k keys, query i is token num_k - num_q + i and
 sees keys up to its own. A head's width is cut into a power of two and a padded rest (192 = 128 +
-64), so that little is multiplied by zeros.
+64), so that little is multiplied by zeros; the rest of the keys may be a tensor of its own (k_pe,
+which all heads share), so that nobody copies keys together.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -28,17 +31,18 @@ def _load_tile(ptr, stride, rows, num_rows, d, width: tl.constexpr, padded: tl.c
 
 @triton.jit
 def _step(
-    m, norm, acc, q_a, q_b, k, k_stride, v, v_stride, token, start, num_k, scale_log2,
-    D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    BN: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr
+    m, norm, acc, q_a, q_b, k, k_stride, k_rest, rest_stride, v, v_stride, token, start, num_k,
+    scale_log2, WA: tl.constexpr, WB: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr,
+    DV: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """One tile of keys of the online softmax. token: [BM], where among the keys each is."""
     n = start + tl.arange(0, BN)
     end = num_k if MASKED else start + BN
-    k_a = _load_tile(k, k_stride, n, end, tl.arange(0, DA), min(D, DA), DA)
+    k_a = _load_tile(k, k_stride, n, end, tl.arange(0, DA), WA, DA)
     s = tl.dot(q_a, tl.trans(k_a), input_precision=PRECISION)
     if DB > 0:
-        k_b = _load_tile(k + DA, k_stride, n, end, tl.arange(0, DB), D - DA, DB)
+        k_b = _load_tile(k_rest, rest_stride, n, end, tl.arange(0, DB), WB, DB)
         s = tl.dot(q_b, tl.trans(k_b), s, input_precision=PRECISION)
     s = s * scale_log2
     if MASKED:
@@ -72,13 +76,14 @@ def _bounds(cu_seqlens, num, VARLEN: tl.constexpr):
     do_not_specialize_on_alignment=["cu_seqlens_q", "cu_seqlens_k", "lse"],
 )
 def prefill_kernel(
-    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, num_q, num_k, scale_log2, lse_stride,
-    q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head,
-    D: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, VARLEN: tl.constexpr,
-    PRECISION: tl.constexpr
+    q, k, k_rest, v, out, lse, cu_seqlens_q, cu_seqlens_k, num_q, num_k, scale_log2, lse_stride,
+    q_row, q_head, k_row, k_head, rest_row, rest_head, v_row, v_head, out_row, out_head,
+    WA: tl.constexpr, WB: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, DV: tl.constexpr,
+    DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
+    VARLEN: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """grid: (queries / BM, heads, sequences); the longest causal tiles come first."""
+    """Keys are [WA of k | WB of k_rest]. grid: (queries / BM, heads, sequences); the longest causal
+    tiles come first."""
     first_q, num_q = _bounds(cu_seqlens_q, num_q, VARLEN)
     first_k, num_k = _bounds(cu_seqlens_k, num_k, VARLEN)
     start_q = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
@@ -88,11 +93,12 @@ def prefill_kernel(
     row = start_q + tl.arange(0, BM)
     q += first_q.to(tl.int64) * q_row + head * q_head if VARLEN else head * q_head
     k += first_k.to(tl.int64) * k_row + head * k_head if VARLEN else head * k_head
+    k_rest += first_k.to(tl.int64) * rest_row + head * rest_head if VARLEN else head * rest_head
     v += first_k.to(tl.int64) * v_row + head * v_head if VARLEN else head * v_head
-    q_a = _load_tile(q, q_row, row, num_q, tl.arange(0, DA), min(D, DA), DA)
+    q_a = _load_tile(q, q_row, row, num_q, tl.arange(0, DA), WA, DA)
     q_b = q_a
     if DB > 0:
-        q_b = _load_tile(q + DA, q_row, row, num_q, tl.arange(0, DB), D - DA, DB)
+        q_b = _load_tile(q + WA, q_row, row, num_q, tl.arange(0, DB), WB, DB)
     token = num_k - num_q + row
     m = tl.full((BM,), -1.0e30, tl.float32)
     norm = tl.zeros((BM,), tl.float32)
@@ -105,13 +111,13 @@ def prefill_kernel(
         whole = tl.maximum(tl.minimum(num_k, num_k - num_q + start_q + 1), 0) // BN * BN
     for start in range(0, whole, BN):
         m, norm, acc = _step(
-            m, norm, acc, q_a, q_b, k, k_row, v, v_row, token, start, num_k, scale_log2,
-            D, DA, DB, DV, DVP, BN, False, CAUSAL, PRECISION
+            m, norm, acc, q_a, q_b, k, k_row, k_rest, rest_row, v, v_row, token, start, num_k,
+            scale_log2, WA, WB, DA, DB, DV, DVP, BN, False, CAUSAL, PRECISION
         )  # fmt: skip
     for start in range(whole, stop, BN):
         m, norm, acc = _step(
-            m, norm, acc, q_a, q_b, k, k_row, v, v_row, token, start, num_k, scale_log2,
-            D, DA, DB, DV, DVP, BN, True, CAUSAL, PRECISION
+            m, norm, acc, q_a, q_b, k, k_row, k_rest, rest_row, v, v_row, token, start, num_k,
+            scale_log2, WA, WB, DA, DB, DV, DVP, BN, True, CAUSAL, PRECISION
         )  # fmt: skip
     acc = acc / tl.where(norm > 0, norm, 1.0)[:, None]
     d = tl.arange(0, DVP)
@@ -123,12 +129,24 @@ def prefill_kernel(
     tl.store(lse + head * lse_stride + at, found, mask=row < num_q)
 
 
-def split_width(width: int) -> tuple[int, int]:
-    """A power of two, and the rest padded to one: 192 -> 128, 64; 40 -> 32, 16; 24 -> 32, 0."""
+class Split(NamedTuple):
+    """How a head's width is multiplied: two parts, each padded to a power of two."""
+
+    a: int
+    b: int
+    """Widths; b may be 0."""
+    padded_a: int
+    padded_b: int
+
+
+def split_width(width: int, rest: int = 0) -> Split:
+    """Of a width that lies in one tensor (rest 0): 192 -> 128, 64; 40 -> 32, 8 (padded to 16); 24
+    -> 24 (padded to 32), 0. Else of [width | rest] in two."""
     large = 1 << (width.bit_length() - 1)
-    if large == width or large < 32:
-        return max(16, triton.next_power_of_2(width)), 0
-    return large, max(16, triton.next_power_of_2(width - large))
+    if not rest and large != width and large >= 32:
+        width, rest = large, width - large
+    padded = max(16, triton.next_power_of_2(width))
+    return Split(width, rest, padded, max(16, triton.next_power_of_2(rest)) if rest else 0)
 
 
 def tile(dtype: torch.dtype, width: int, smem: int) -> tuple[int, int, int, int]:
@@ -143,15 +161,22 @@ def tile(dtype: torch.dtype, width: int, smem: int) -> tuple[int, int, int, int]
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool,
-    cu_seqlens: tuple[Tensor, Tensor] | None = None, max_q: int = 0
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """q: [Tq, H, D], k: [Tk, H, D], v: [Tk, H, Dv], any strides but the last; without cu_seqlens
-    one sequence. -> out [Tq, H, Dv] in q's dtype, lse [H, Tq] float32; rows that see no key: zeros
-    and -inf."""
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    causal: bool,
+    cu_seqlens: tuple[Tensor, Tensor] | None = None,
+    max_q: int = 0,
+    k_pe: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """q: [Tq, H, D], k: [Tk, H, D] (or [Tk, H, D - P] and k_pe: [Tk, P] for all heads), v: [Tk, H,
+    Dv], any strides but the last; without cu_seqlens one sequence. -> out [Tq, H, Dv] in q's dtype,
+    lse [H, Tq] float32; rows that see no key: zeros and -inf."""
     num_q, heads, width = q.shape
     num_k, _, v_width = v.shape
-    assert k.shape == (num_k, heads, width) and v.shape[1] == heads, (q.shape, k.shape, v.shape)
+    rest = 0 if k_pe is None else k_pe.shape[1]
+    assert k.shape == (num_k, heads, width - rest) and v.shape[1] == heads, (q.shape, k.shape)
     assert q.dtype == k.dtype == v.dtype, (q.dtype, k.dtype, v.dtype)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out = torch.empty(num_q, heads, v_width, dtype=q.dtype, device=q.device)
@@ -159,15 +184,21 @@ def attend(
     if num_q == 0:
         return out, lse
     bm, bn, warps, stages = tile(q.dtype, max(width, v_width), max_smem(q.device))
-    da, db = split_width(width)
+    split = split_width(width - rest, rest)
+    if k_pe is None:
+        k_rest, rest_strides = k[..., split.a :] if split.b else k, k.stride()[:2]
+    else:
+        assert k_pe.shape == (num_k, rest) and k_pe.stride(1) == 1, (k_pe.shape, k_pe.stride())
+        k_rest, rest_strides = k_pe, (k_pe.stride(0), 0)
     cu_q, cu_k = cu_seqlens or (lse, lse)
     grid = (triton.cdiv(max_q or num_q, bm), heads, cu_q.shape[0] - 1 if cu_seqlens else 1)
     prefill_kernel[grid](
-        q, k, v, out, lse, cu_q, cu_k, num_q, num_k, scale * LOG2_E, lse.stride(0),
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        q, k, k_rest, v, out, lse, cu_q, cu_k, num_q, num_k, scale * LOG2_E, lse.stride(0),
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), *rest_strides, v.stride(0), v.stride(1),
         out.stride(0), out.stride(1),
-        D=width, DA=da, DB=db, DV=v_width, DVP=max(32, triton.next_power_of_2(v_width)),
-        BM=bm, BN=bn, CAUSAL=causal, VARLEN=cu_seqlens is not None,
+        WA=split.a, WB=split.b, DA=split.padded_a, DB=split.padded_b, DV=v_width,
+        DVP=max(32, triton.next_power_of_2(v_width)), BM=bm, BN=bn, CAUSAL=causal,
+        VARLEN=cu_seqlens is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=warps, num_stages=stages,
     )  # fmt: skip

@@ -41,7 +41,13 @@ TABLE_PROGRAMS = 8
 
 
 def grouped_fp8_gemm_nt_contiguous(
-    x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, offsets: Tensor, out: Tensor
+    x: Tensor,
+    x_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    offsets: Tensor,
+    out: Tensor,
+    expected_m: float | None = None,
 ) -> Tensor:
     """Rows sorted by expert: out[i] = x[i] @ w[expert of i]^T, e4m3 with block scales.
 
@@ -51,11 +57,13 @@ def grouped_fp8_gemm_nt_contiguous(
     w_scale: [E, ceil(N/128), ceil(K/128)] float32, contiguous
     offsets: [E] int32 or int64: the row behind each expert's last; ascending, at most M
     out: [M, N] bfloat16; rows behind the last offset are not written, nor does x matter there
+    expected_m: rows that an expert has on average (M / E if nobody knows); for speed only
     """
     check_grouped(x, x_scale, w, w_scale, offsets, out)
     if not runs_kernels(x):
         return by_expert(x, x_scale, w, w_scale, contiguous_bounds(offsets), out)
-    return launch(x, x_scale, w, w_scale, offsets, 0, out, x.shape[0] / w.shape[0])
+    expected = x.shape[0] / w.shape[0] if expected_m is None else expected_m
+    return launch(x, x_scale, w, w_scale, offsets, 0, out, expected)
 
 
 def grouped_fp8_gemm_nt_masked(

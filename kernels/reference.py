@@ -131,24 +131,34 @@ def moe_gate(
     return topk_ids, topk_weights * routed_scaling_factor
 
 
-def permute_by_expert(topk_ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
-    """Sorts (token, choice) pairs by expert.
+def permute_by_expert(
+    topk_ids: Tensor, n_experts: int, first_expert: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sorts (token, choice) pairs by expert, stably; pairs of experts outside of first_expert ...
+    first_expert + n_experts - 1 come last.
 
-    topk_ids: [T, top_k]. Returns order: [T * top_k] int64, indices into the flattened pairs,
-    stable within an expert; and counts: [n_experts] int64.
+    topk_ids: [T, top_k]. Returns order: [T * top_k] int64, indices into the flattened pairs;
+    offsets: [n_experts] int64, the place behind each expert's last pair; place: [T * top_k] int64,
+    where each pair went, -1 for those outside.
     """
-    flat = topk_ids.flatten()
-    return flat.argsort(stable=True), torch.bincount(flat, minlength=n_experts)
+    expert = topk_ids.flatten() - first_expert
+    outside = (expert < 0) | (expert >= n_experts)
+    expert = expert.masked_fill(outside, n_experts)
+    order = expert.argsort(stable=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    offsets = torch.bincount(expert, minlength=n_experts)[:n_experts].cumsum(0)
+    return order, offsets, place.masked_fill(outside, -1)
 
 
-def combine_experts(y: Tensor, order: Tensor, topk_weights: Tensor) -> Tensor:
+def combine_experts(y: Tensor, place: Tensor, topk_weights: Tensor) -> Tensor:
     """Undoes `permute_by_expert` and sums each token's experts by weight.
 
-    y: [T * top_k, N] in expert order, topk_weights: [T, top_k] -> [T, N] in y's dtype.
+    y: [T * top_k, N] in expert order, place: [T * top_k], topk_weights: [T, top_k] -> [T, N] in y's
+    dtype; pairs whose place is -1 count nothing.
     """
     num_tokens, top_k = topk_weights.shape
-    back = torch.empty_like(y)
-    back[order] = y
+    back = y[place.clamp(min=0)].masked_fill((place < 0)[:, None], 0.0)
     weighted = back.view(num_tokens, top_k, y.shape[1]).float() * topk_weights[..., None]
     return weighted.sum(dim=1).to(y.dtype)
 

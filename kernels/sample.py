@@ -188,7 +188,11 @@ def adjust_logits(logits: Tensor, rows: Tensor, state: Adjustments) -> Tensor:
 
 def count_tokens(token_ids: Tensor, num_prompt_tokens: int, counts: Tensor) -> None:
     """Fills a row of `Adjustments.counts`: [V] int32. token_ids: [prompt + generated] int64."""
-    assert runs_kernels(counts), counts.device
+    if not runs_kernels(counts):
+        counts.zero_()
+        counts.index_add_(0, token_ids[num_prompt_tokens:].long(), torch.ones(len(token_ids) - num_prompt_tokens, dtype=int32))
+        counts[token_ids[:num_prompt_tokens].long()] |= IN_PROMPT
+        return
     assert counts.dtype == int32 and counts.is_contiguous() and token_ids.is_contiguous()
     counts.zero_()
     grid = (triton.cdiv(len(token_ids), 1024),)
@@ -445,3 +449,55 @@ def _adjust(
         word = tl.load(bitmask + row * words + token // 32, inside, 0)
         value = tl.where((word >> (token % 32)) & 1 != 0, value, float("-inf"))
     tl.store(out + line * VOCAB + token, value, inside)
+
+
+@dataclass(frozen=True)
+class SamplingState:
+    counts: Tensor
+    presence_penalty: Tensor
+    frequency_penalty: Tensor
+    repetition_penalty: Tensor
+    bias_ids: Tensor
+    bias: Tensor
+    num_bias: Tensor
+    masked_ids: Tensor
+    num_masked: Tensor
+    num_tokens: Tensor
+    mask_until: Tensor
+    bitmask: Tensor
+    has_bitmask: Tensor
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    seed: Tensor
+
+
+def sample_and_append(logits: Tensor, rows: Tensor, state: SamplingState, token_ids: Tensor) -> Tensor:
+    found = []
+    for line, row in enumerate(rows.tolist()):
+        if row == len(state.num_tokens) - 1:
+            found.append(0)
+            continue
+        n = int(state.num_tokens[row])
+        x = logits[line].clone()
+        count = state.counts[row]
+        gen = count & 0x3FFFFFFF
+        rep = float(state.repetition_penalty[row])
+        x = torch.where(count != 0, torch.where(x > 0, x / rep, x * rep), x)
+        x = x - state.frequency_penalty[row] * gen - state.presence_penalty[row] * (gen > 0)
+        for i in range(int(state.num_bias[row])):
+            x[int(state.bias_ids[row, i])] += state.bias[row, i]
+        if n < int(state.mask_until[row]):
+            x[state.masked_ids[row, : int(state.num_masked[row])].long()] = float("-inf")
+        t = float(state.temperature[row])
+        if t > 0:
+            x = x / t
+            x = filter_logits(x[None], state.top_k[row : row + 1].long(), state.top_p[row : row + 1], state.min_p[row : row + 1])[0]
+            x = x + gumbel_noise(state.seed[row : row + 1], state.num_tokens[row : row + 1].long(), len(x))[0]
+        token = int(x.argmax())
+        token_ids[row, n] = token
+        state.num_tokens[row] += 1
+        state.counts[row, token] += 1
+        found.append(token)
+    return torch.tensor(found)

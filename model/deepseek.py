@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from ..kernels import fused, gemm
+from ..kernels.mla_schedule import Schedule
 from .batch import ForwardBatch
 from .config import ModelConfig
 from .kv_cache import KVCache
-from .layers import MLP, Arithmetic, RMSNorm
+from .layers import MLP, Arithmetic, Quantized, RMSNorm
 from .mla import MLA
 from .moe import MoE
 from .rope import tables
@@ -17,17 +18,13 @@ from .rope import tables
 
 class DecoderLayer:
     def __init__(
-        self,
-        config: ModelConfig,
-        weights: Mapping[str, Tensor],
-        layer: int,
-        arithmetic: Arithmetic,
-        dtype: torch.dtype,
+        self, config: ModelConfig, weights: Mapping[str, Tensor], layer: int, arithmetic: Arithmetic
     ) -> None:
         name, eps = f"layers.{layer}", config.rms_norm_eps
-        self.input_norm = RMSNorm(weights[f"{name}.input_layernorm"], eps)
-        self.attn = MLA(config, weights, f"{name}.attn", arithmetic, dtype)
-        self.post_attn_norm = RMSNorm(weights[f"{name}.post_attention_layernorm"], eps)
+        self.input_norm = RMSNorm(weights[f"{name}.input_layernorm"], eps, arithmetic)
+        self.attn = MLA(config, weights, f"{name}.attn", arithmetic)
+        post_norm = weights[f"{name}.post_attention_layernorm"]
+        self.post_attn_norm = RMSNorm(post_norm, eps, arithmetic)
         self.mlp: MoE | MLP = (
             MoE(config, weights, name, arithmetic)
             if config.is_moe(layer)
@@ -40,16 +37,18 @@ class DecoderLayer:
         residual: Tensor | None,
         batch: ForwardBatch,
         cache: Tensor,
-        rope: tuple[Tensor, Tensor],
+        schedule: Schedule | None,
     ) -> tuple[Tensor, Tensor]:
         """x: [T, hidden], the last layer's output that is not yet added to `residual`."""
+        normed: Tensor | Quantized
         if residual is None:
             normed, residual = self.input_norm(x), x
         else:
-            normed, residual = self.input_norm.add(x, residual)
-        x = self.attn(normed, batch, cache, *rope)
-        normed, residual = self.post_attn_norm.add(x, residual)
-        return self.mlp(normed), residual
+            normed, _, residual = self.input_norm.add(x, residual)
+        x = self.attn(normed, batch, cache, schedule)
+        normed, plain, residual = self.post_attn_norm.add(x, residual)
+        x = self.mlp(normed, plain) if isinstance(self.mlp, MoE) else self.mlp(normed)
+        return x, residual
 
 
 class DeepseekV3:
@@ -63,30 +62,30 @@ class DeepseekV3:
         max_seq_len: int,
         act_quant: bool = False,
     ) -> None:
-        arithmetic = Arithmetic(act_quant, config.ue8m0)
+        arithmetic = Arithmetic(dtype, act_quant and config.fp8, config.ue8m0)
         self.config = config
         self.dtype = dtype
         self.embed = weights["embed"]
         self.layers = [
-            DecoderLayer(config, weights, layer, arithmetic, dtype)
+            DecoderLayer(config, weights, layer, arithmetic)
             for layer in range(config.num_hidden_layers)
         ]
-        self.norm = RMSNorm(weights["norm"], config.rms_norm_eps)
+        self.norm = weights["norm"]
         self.lm_head = weights["embed" if config.tie_word_embeddings else "lm_head"]
         device = self.embed.device
         self.cos, self.sin = tables(config.rope, config.qk_rope_head_dim, max_seq_len, device)
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         """Hidden states [T, hidden] after the final norm; writes the tokens' KV into the cache."""
-        x = fused.embedding(self.embed, batch.input_ids, self.dtype)
-        rope = self.cos[batch.positions], self.sin[batch.positions]
+        x = fused.embedding(self.embed, batch.inputs.input_ids, self.dtype)
+        schedule = self.layers[0].attn.schedule(batch, cache.layers[0])
         residual: Tensor | None = None
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x, residual = layer(x, residual, batch, layer_cache, rope)
+            x, residual = layer(x, residual, batch, layer_cache, schedule)
         assert residual is not None
-        normed, _ = self.norm.add(x, residual)
+        normed, _ = fused.add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)
         return normed
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [S, hidden] -> [S, vocab_size] float32."""
-        return gemm.linear(hidden, self.lm_head, None).float()
+        return gemm.linear_float32(hidden, self.lm_head)

@@ -2,18 +2,33 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from ..kernels import fused, gemm
+from ..kernels import fused, gemm, moe_route
+from ..kernels.compat import has_wgmma
+
+
+class Quantized(NamedTuple):
+    """Activations [T, K] quantised 1x128, for linear maps that multiply in fp8."""
+
+    values: Tensor
+    """[T, K] float8_e4m3fn."""
+    scale: Tensor
+    """[T, ceil(K/128)] float32."""
 
 
 @dataclass(frozen=True)
 class Arithmetic:
     """How linear maps compute; the same for the whole model."""
 
-    act_quant: bool
-    """Quantise activations 1x128 and multiply in fp8 where the weight is fp8."""
+    dtype: torch.dtype
+    """Of activations."""
+    fp8: bool
+    """The weights are fp8, and activations are quantised 1x128 to be multiplied with them in fp8.
+    Else fp8 weights are dequantised as they are used."""
     ue8m0: bool
     """Scales of activations are powers of two."""
 
@@ -21,41 +36,84 @@ class Arithmetic:
 class Linear:
     """x @ weight^T; fp8 weights carry their scales."""
 
-    def __init__(self, weights: Mapping[str, Tensor], name: str, arithmetic: Arithmetic) -> None:
-        self.weight = weights[name]
-        self.scale = weights.get(f"{name}.scale")
+    def __init__(self, weight: Tensor, scale: Tensor | None, arithmetic: Arithmetic) -> None:
+        self.weight = weight
+        self.scale = scale
         self._arithmetic = arithmetic
 
-    def __call__(self, x: Tensor) -> Tensor:
+    @classmethod
+    def load(cls, weights: Mapping[str, Tensor], name: str, arithmetic: Arithmetic) -> "Linear":
+        return cls(weights[name], weights.get(f"{name}.scale"), arithmetic)
+
+    def __call__(self, x: Tensor | Quantized) -> Tensor:
         """x: [T, K] -> [T, N]."""
         mode = self._arithmetic
-        return gemm.linear(x, self.weight, self.scale, mode.act_quant, mode.ue8m0)
+        if isinstance(x, Quantized):
+            assert self.scale is not None
+            return gemm.fp8_gemm_nt(x.values, x.scale, self.weight, self.scale, mode.dtype)
+        return gemm.linear(x, self.weight, self.scale, mode.fp8, mode.ue8m0)
 
-    def grouped(self, x: Tensor, counts: Tensor) -> Tensor:
-        """For stacked weights [E, N, K]: x [M, K] sorted by expert, counts [E] -> [M, N]."""
+    def grouped(self, x: Tensor | Quantized, offsets: Tensor, expected: float) -> Tensor:
+        """For stacked weights [E, N, K]: x [M, K] sorted by expert, offsets [E] as
+        `permute_by_expert` gives them, `expected` rows an expert -> [M, N]."""
         mode = self._arithmetic
-        return gemm.grouped_linear(x, self.weight, self.scale, counts, mode.act_quant, mode.ue8m0)
+        if not isinstance(x, Quantized):
+            return gemm.grouped_linear(x, self.weight, self.scale, offsets, expected=expected)
+        assert self.scale is not None
+        return gemm.grouped_fp8_linear(
+            *x, self.weight, self.scale, offsets, mode.dtype, expected=expected
+        )
 
 
 class RMSNorm:
-    def __init__(self, weight: Tensor, eps: float) -> None:
+    def __init__(self, weight: Tensor, eps: float, arithmetic: Arithmetic) -> None:
         self.weight = weight
         self.eps = eps
+        self._arithmetic = arithmetic
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return fused.rms_norm(x, self.weight, self.eps)
+    def __call__(self, x: Tensor) -> Tensor | Quantized:
+        """x: [T, N], for a linear map to take."""
+        mode = self._arithmetic
+        if not mode.fp8:
+            return fused.rms_norm(x, self.weight, self.eps)
+        return Quantized(*fused.rms_norm_quant(x, self.weight, self.eps, mode.ue8m0, has_wgmma(x)))
 
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of x + residual, and x + residual."""
-        return fused.add_rms_norm(x, residual, self.weight, self.eps)
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor | Quantized, Tensor, Tensor]:
+        """The norm of x + residual, for a linear map to take and as it is; and x + residual."""
+        mode = self._arithmetic
+        if not mode.fp8:
+            normed, total = fused.add_rms_norm(x, residual, self.weight, self.eps)
+            return normed, normed, total
+        q, scale, normed, total = fused.add_rms_norm_quant(
+            x, residual, self.weight, self.eps, mode.ue8m0, has_wgmma(x)
+        )
+        return Quantized(q, scale), normed, total
+
+
+def silu_mul(gate_up: Tensor, arithmetic: Arithmetic) -> Tensor | Quantized:
+    """gate_up: [T, 2N], gate first -> silu(gate) * up [T, N], for a linear map to take."""
+    if not arithmetic.fp8:
+        return fused.silu_mul(gate_up)
+    return Quantized(*fused.silu_mul_quant(gate_up, arithmetic.ue8m0, has_wgmma(gate_up)))
+
+
+def gather_rows(
+    x: Tensor | Quantized, order: Tensor, offsets: Tensor, top_k: int
+) -> Tensor | Quantized:
+    """The rows of x [T, K] that pairs sorted by expert take: [T * top_k, K]."""
+    if not isinstance(x, Quantized):
+        return moe_route.gather_rows(x, order, offsets, top_k)
+    k_major = has_wgmma(x.values)
+    return Quantized(*moe_route.gather_quantized(*x, order, offsets, top_k, k_major))
 
 
 class MLP:
     """down(silu(gate(x)) * up(x))."""
 
     def __init__(self, weights: Mapping[str, Tensor], name: str, arithmetic: Arithmetic) -> None:
-        self.gate_up = Linear(weights, f"{name}.gate_up", arithmetic)
-        self.down = Linear(weights, f"{name}.down", arithmetic)
+        self.gate_up = Linear.load(weights, f"{name}.gate_up", arithmetic)
+        self.down = Linear.load(weights, f"{name}.down", arithmetic)
+        self._arithmetic = arithmetic
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.down(fused.silu_mul(self.gate_up(x)))
+    def __call__(self, x: Tensor | Quantized) -> Tensor:
+        return self.down(silu_mul(self.gate_up(x), self._arithmetic))

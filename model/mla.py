@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from ..kernels import fused, mla, quant
-from .batch import ForwardBatch, PrefillSlice
-from .config import ModelConfig
-from .layers import Arithmetic, Linear, RMSNorm
-
-CONTEXT_SLICE = 1024
-"""Cached tokens that are up-projected at once; bounds the memory of a long prefix."""
+from ..kernels.mla_schedule import Schedule
+from ..kernels.step import Inputs
+from .batch import Context, ForwardBatch, Prefills
+from .config import FP8_BLOCK, ModelConfig
+from .layers import Arithmetic, Linear, Quantized, RMSNorm
 
 
 class MLA:
@@ -29,23 +28,22 @@ class MLA:
         weights: Mapping[str, Tensor],
         name: str,
         arithmetic: Arithmetic,
-        dtype: torch.dtype,
     ) -> None:
         self.config = config
         self.heads = config.num_attention_heads
-        self.q_a: Linear | None = None
+        eps = config.rms_norm_eps
+        self.down = _down_projections(config, weights, name, arithmetic)
+        self.q_a_norm: RMSNorm | None = None
         if config.q_lora_rank is not None:
-            self.q_a = Linear(weights, f"{name}.q_a", arithmetic)
-            self.q_a_norm = RMSNorm(weights[f"{name}.q_a_norm"], config.rms_norm_eps)
-        self.q = Linear(weights, f"{name}.q", arithmetic)
-        self.kv_a = Linear(weights, f"{name}.kv_a", arithmetic)
-        self.kv_a_norm = RMSNorm(weights[f"{name}.kv_a_norm"], config.rms_norm_eps)
-        self.kv_b = Linear(weights, f"{name}.kv_b", arithmetic)
-        self.o = Linear(weights, f"{name}.o", arithmetic)
-        self.w_uk, self.w_uv = self._split_kv_b(dtype)
+            self.q_a_norm = RMSNorm(weights[f"{name}.q_a_norm"], eps, arithmetic)
+        self.q = Linear.load(weights, f"{name}.q", arithmetic)
+        self.kv_a_norm = weights[f"{name}.kv_a_norm"]
+        self.kv_b = Linear.load(weights, f"{name}.kv_b", arithmetic)
+        self.o = Linear.load(weights, f"{name}.o", arithmetic)
+        self.w_uk, self.w_uv = self._split_kv_b(arithmetic.dtype)
 
     def _split_kv_b(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """kv_b's rows by head: W_UK [H, nope, R] and W_UV [H, v, R], in the activations' dtype."""
+        """kv_b's rows by head: W_UK [H, nope, R] and W_UV^T [H, R, v], in the activations' dtype."""
         weight = self.kv_b.weight
         if self.kv_b.scale is None:
             weight = weight.to(dtype)
@@ -54,57 +52,126 @@ class MLA:
         nope, v_dim = self.config.qk_nope_head_dim, self.config.v_head_dim
         by_head = weight.view(self.heads, nope + v_dim, self.config.kv_lora_rank)
         w_uk, w_uv = by_head.split([nope, v_dim], dim=1)
-        return w_uk, w_uv
+        return w_uk, w_uv.transpose(1, 2)
+
+    def schedule(self, batch: ForwardBatch, cache: Tensor) -> Schedule | None:
+        """How decode shares its work out: the same for every layer of a pass."""
+        if not (batch.num_decodes and cache.is_cuda):
+            return None
+        config = self.config
+        q = torch.empty(
+            batch.num_decodes, self.heads, config.latent_dim, dtype=self.w_uk.dtype, device="meta"
+        )
+        return mla.decode_schedule(
+            q, cache, batch.block_table, batch.seq_lens, config.kv_lora_rank
+        )
 
     def __call__(
-        self, x: Tensor, batch: ForwardBatch, cache: Tensor, cos: Tensor, sin: Tensor
+        self,
+        x: Tensor | Quantized,
+        batch: ForwardBatch,
+        cache: Tensor,
+        schedule: Schedule | None,
     ) -> Tensor:
-        """x: [T, hidden], cache: this layer's, cos and sin: [T, P/2] of the tokens ->
-        [T, hidden]."""
-        config, num_decodes = self.config, batch.num_decodes
-        q = self.q(x if self.q_a is None else self.q_a_norm(self.q_a(x)))
+        """x: [T, hidden], cache: this layer's -> [T, hidden]."""
+        config, inputs, num_decodes = self.config, batch.inputs, batch.num_decodes
+        parts = [down(x) for down in self.down]
+        q_in, kv_a = parts if len(parts) == 2 else parts[0].split(
+            [parts[0].shape[1] - config.latent_dim, config.latent_dim], dim=1
+        )
+        q = q_in if self.q_a_norm is None else self.q(self.q_a_norm(q_in))
         q = q.view(-1, self.heads, config.qk_head_dim)
-        q_nope, q_pe = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
-        q_pe = fused.apply_rope(q_pe, cos, sin)
-        kv_latent, k_pe = self.kv_a(x).split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
-        kv_latent, k_pe = self.kv_a_norm(kv_latent), fused.apply_rope(k_pe, cos, sin)
-        fused.store_latent(cache, kv_latent, k_pe, batch.slot_mapping)
-
-        out = x.new_empty(x.shape[0], self.heads, config.v_head_dim)
+        kv_latent, k_pe = fused.norm_rope_store(
+            kv_a, self.kv_a_norm, config.rms_norm_eps, inputs.cos, inputs.sin, cache,
+            inputs.slot_mapping,
+        )  # fmt: skip
+        if batch.prefills is None:
+            return self.o(self._decode(q, batch, cache, schedule).flatten(1))
+        rest = slice(num_decodes, None)
+        out = self._prefill(
+            q[rest], kv_latent[rest], k_pe[rest], inputs, num_decodes, batch.prefills, cache
+        )
         if num_decodes:
-            out[:num_decodes] = self._decode(q_nope[:num_decodes], q_pe[:num_decodes], batch, cache)
-        q = torch.cat((q_nope, q_pe), dim=-1)
-        for prefill in batch.prefills:
-            rows = slice(prefill.first, prefill.first + prefill.num_tokens)
-            out[rows] = self._prefill(q[rows], kv_latent[rows], k_pe[rows], prefill, cache)
+            decoded = self._decode(q[:num_decodes], batch, cache, schedule)
+            out = torch.cat((decoded, out))
         return self.o(out.flatten(1))
 
-    def _decode(self, q_nope: Tensor, q_pe: Tensor, batch: ForwardBatch, cache: Tensor) -> Tensor:
-        """Absorbed. q_nope: [B, H, nope], q_pe: [B, H, P] -> [B, H, v]."""
-        absorbed = torch.einsum("bhn,hnr->bhr", q_nope, self.w_uk)
-        q = torch.cat((absorbed, q_pe), dim=-1)
-        rank, scale = self.config.kv_lora_rank, self.config.softmax_scale
-        latent = mla.mla_decode(q, cache, batch.block_table, batch.seq_lens, rank, scale)
-        return torch.einsum("bhr,hvr->bhv", latent, self.w_uv)
+    def _decode(
+        self, q: Tensor, batch: ForwardBatch, cache: Tensor, schedule: Schedule | None
+    ) -> Tensor:
+        """Absorbed. q: [B, H, D] -> [B, H, v]."""
+        config, rank, inputs = self.config, self.config.kv_lora_rank, batch.inputs
+        q_nope, q_pe = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+        absorbed = q.new_empty(len(q), self.heads, config.latent_dim)
+        torch.bmm(q_nope.transpose(0, 1), self.w_uk, out=absorbed[..., :rank].transpose(0, 1))
+        cos, sin = inputs.cos[: len(q)], inputs.sin[: len(q)]
+        fused.apply_rope(q_pe, cos, sin, out=absorbed[..., rank:])
+        latent = mla.mla_decode(
+            absorbed, cache, batch.block_table, batch.seq_lens, rank, config.softmax_scale, schedule
+        )
+        out = q.new_empty(len(q), self.heads, config.v_head_dim)
+        torch.bmm(latent.transpose(0, 1), self.w_uv, out=out.transpose(0, 1))
+        return out
 
     def _prefill(
-        self, q: Tensor, kv_latent: Tensor, k_pe: Tensor, prefill: PrefillSlice, cache: Tensor
+        self,
+        q: Tensor,
+        kv_latent: Tensor,
+        k_pe: Tensor,
+        inputs: Inputs,
+        first: int,
+        prefills: Prefills,
+        cache: Tensor,
     ) -> Tensor:
-        """Plain, over the slice itself and then over what is cached before it. q: [Tq, H, D]."""
-        scale = self.config.softmax_scale
-        out, lse = mla.mla_prefill(q, *self._expand(kv_latent, k_pe), scale, causal=True)
-        for start in range(0, prefill.num_cached, CONTEXT_SLICE):
-            stop = min(start + CONTEXT_SLICE, prefill.num_cached)
-            latent = mla.gather_latent(cache, prefill.block_table, start, stop).to(q.dtype)
-            kv_latent, k_pe = latent.split([self.config.kv_lora_rank, k_pe.shape[-1]], dim=-1)
-            more = mla.mla_prefill(q, *self._expand(kv_latent, k_pe), scale, causal=False)
+        """Plain, over the slices themselves and then over what is cached before them. q: [T, H, D] of
+        tokens `first` ... of the batch; rotated in place."""
+        config, bounds = self.config, prefills.cu_seqlens
+        q_pe = q[..., config.qk_nope_head_dim :]
+        fused.apply_rope(q_pe, inputs.cos[first:], inputs.sin[first:], out=q_pe)
+        size, scale = prefills.max_tokens, config.softmax_scale
+        k, v = self._expand(kv_latent)
+        out, lse = mla.mla_prefill_varlen(q, k, v, bounds, bounds, size, scale, True, k_pe)
+        for context in prefills.contexts:
+            kv_latent, k_pe = self._gather(context, prefills, cache, q.dtype)
+            k, v = self._expand(kv_latent)
+            more = mla.mla_prefill_varlen(
+                q, k, v, bounds, context.cu_seqlens, size, scale, False, k_pe
+            )
             out, lse = mla.merge_attention(out, lse, *more)
         return out
 
-    def _expand(self, kv_latent: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys [T, H, D] and values [T, H, v] of latents [T, R] and [T, P]."""
+    def _gather(
+        self, context: Context, prefills: Prefills, cache: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Latents [n, R] and k_pe [n, P] of a context's tokens, one piece after the other."""
+        parts = [
+            mla.gather_latent(cache, prefills.slices[i].block_table, start, stop).to(dtype)
+            for i, start, stop in context.pieces
+        ]
+        latent = parts[0] if len(parts) == 1 else torch.cat(parts)
+        rank = self.config.kv_lora_rank
+        return latent[:, :rank], latent[:, rank:]
+
+    def _expand(self, kv_latent: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys without their rope part [T, H, nope] and values [T, H, v] of latents [T, R]."""
         nope, v_dim = self.config.qk_nope_head_dim, self.config.v_head_dim
         expanded = self.kv_b(kv_latent).view(-1, self.heads, nope + v_dim)
         k_nope, v = expanded.split([nope, v_dim], dim=-1)
-        k_pe = k_pe[:, None].expand(-1, self.heads, -1)
-        return torch.cat((k_nope, k_pe), dim=-1), v
+        return k_nope, v
+
+
+def _down_projections(
+    config: ModelConfig, weights: Mapping[str, Tensor], name: str, arithmetic: Arithmetic
+) -> list[Linear]:
+    """What reads the layer's input: q_a (or q) and kv_a; as one map where their scales' blocks do
+    not straddle."""
+    q_name = f"{name}.q" if config.q_lora_rank is None else f"{name}.q_a"
+    first = Linear.load(weights, q_name, arithmetic)
+    second = Linear.load(weights, f"{name}.kv_a", arithmetic)
+    if first.scale is None or second.scale is None:
+        return [Linear(torch.cat((first.weight, second.weight)), None, arithmetic)]
+    if first.weight.shape[0] % FP8_BLOCK:
+        return [first, second]
+    weight = torch.cat([each.weight.view(torch.uint8) for each in (first, second)])
+    scale = torch.cat((first.scale, second.scale))
+    return [Linear(weight.view(first.weight.dtype), scale, arithmetic)]

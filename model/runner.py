@@ -1,16 +1,48 @@
-"""Step -> ForwardBatch -> forward -> sample -> StepOutput."""
+"""Step -> ForwardBatch -> forward -> sample -> StepOutput.
 
-import time
+`launch` puts a step on the device's stream and returns; `collect` waits for it and reads its
+result. Between the two the host is free: on a GPU the next step is launched while this one runs.
+A step of decodes alone replays a captured graph; chunks of prompts run eagerly.
+"""
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..ipc.messages import Chunk, LogprobEntry, Step, StepOutput, pack_int32, unpack_int32
+from ..ipc.messages import LogprobEntry, Step, StepOutput
+from ..kernels import step as kernels
 from . import sampler
-from .batch import ForwardBatch, PrefillSlice
+from .batch import ForwardBatch, Sampled
+from .chunks import ChunkPlan
 from .deepseek import DeepseekV3
+from .graphs import DecodeGraphs
 from .kv_cache import KVCache
-from .rows import Rows
+from .rows import Delta, Rows
+from .sampler import Logprobs, to_host
+from .timing import StepClock, StepTimes
+
+NONE = np.zeros(0, np.int32)
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """A step on the device's stream. Its tensors are the host's, and filled when it has ended."""
+
+    step: Step
+    token_ids: Tensor | None
+    """[S] int64."""
+    logprobs: Logprobs | None
+    logprob_lines: list[tuple[int, int]]
+    """(index into token_ids, number of best) of each of `logprobs`."""
+    prompt_logprobs: dict[int, list[Logprobs]]
+    """By chunk."""
+    times: StepTimes
+
+    def done(self) -> bool:
+        return self.times.done()
 
 
 class Runner:
@@ -21,102 +53,153 @@ class Runner:
         self.cache = cache
         self.rows = rows
         self.device = rows.device
+        self.graphs = DecodeGraphs(self.decode, self.device)
+        self._clock = StepClock(self.device)
+        self._packed = b""
+        """`Step.decodes` of the last step: it changes seldom."""
+        self._decodes = NONE
+        self._logprob_lines: list[tuple[int, int]] = []
+        """(line, number of best) of the decodes that want log-probabilities."""
+
+    def run(self, step: Step) -> StepOutput:
+        """Computes one step, from beginning to end."""
+        return self.collect(self.launch(step))
 
     @torch.inference_mode()
-    def run(self, step: Step) -> StepOutput:
-        """Computes one step. Its rows' new tokens are in `rows` when this returns."""
-        started = time.perf_counter_ns()
+    def launch(self, step: Step) -> InFlight:
+        """Puts a step on the stream. Steps are computed in the order of their launches."""
+        times = self._clock.start()
+        delta = Delta()
         for join in step.joins:
-            self.rows.join(join)
+            self.rows.join(delta, join)
         for grow in step.grows:
-            self.rows.grow(grow)
-        decodes = unpack_int32(step.decodes).tolist()
-        batch = self._batch(decodes, step.chunks)
-        hidden = self.model.forward(batch, self.cache)
-        self._advance(decodes, step.chunks)
-        prompt_logprobs = self._prompt_logprobs(step.chunks, batch, hidden)
-        sampled = decodes + [chunk.row for chunk in step.chunks if chunk.sample]
-        token_ids, logprobs = self._sample(hidden[batch.logits_indices], sampled)
+            self.rows.grow(delta, grow)
+        self._set_decodes(delta, step.decodes)
+        plan = None
+        if step.chunks:
+            plan = ChunkPlan(delta, step.chunks, self._decodes)
+        carried = delta.send(self.rows.words)
+        for join in step.joins:
+            self.rows.count(join.row)
+        hidden = None
+        sampled: Sampled | None
+        if plan is None:
+            sampled = self.graphs.run(len(self._decodes))
+        else:
+            hidden, sampled = self._mixed(plan, carried)
+        return self._finish(step, plan, hidden, sampled, times)
+
+    def collect(self, launched: InFlight) -> StepOutput:
+        """The result of a launched step; waits for it."""
+        compute_us, idle_us = launched.times.wait()
+        step, logprobs = launched.step, {}
+        if launched.logprobs is not None:
+            found = launched.logprobs.entries([num for _, num in launched.logprob_lines])
+            for (line, _), entry in zip(launched.logprob_lines, found, strict=True):
+                logprobs[line] = entry
+        token_ids = NONE if launched.token_ids is None else launched.token_ids.numpy()
         return StepOutput(
             epoch=step.epoch,
             seq=step.seq,
-            token_ids=pack_int32(token_ids),
+            token_ids=token_ids.astype(np.int32).tobytes(),
             logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-            compute_us=(time.perf_counter_ns() - started) // 1000,
+            prompt_logprobs={
+                i: tuple(entry for part in parts for entry in part.entries())
+                for i, parts in launched.prompt_logprobs.items()
+            },
+            compute_us=compute_us,
+            idle_us=idle_us,
         )
 
-    def _batch(self, decodes: list[int], chunks: tuple[Chunk, ...]) -> ForwardBatch:
-        rows, device = self.rows, self.device
-        decode_rows = torch.tensor(decodes, dtype=torch.int64, device=device)
-        row_parts, position_parts = [decode_rows], [rows.num_computed[decode_rows]]
-        prefills, logits_indices, first = [], list(range(len(decodes))), len(decodes)
-        for chunk in chunks:
-            self._check(chunk)
-            stop = chunk.start + chunk.num_tokens
-            row_parts.append(torch.full((chunk.num_tokens,), chunk.row, device=device))
-            position_parts.append(torch.arange(chunk.start, stop, device=device))
-            table = rows.block_table[chunk.row]
-            prefills.append(PrefillSlice(first, chunk.num_tokens, chunk.start, table))
-            first += chunk.num_tokens
-            if chunk.sample:
-                logits_indices.append(first - 1)
-        row_of, positions = torch.cat(row_parts), torch.cat(position_parts)
-        return ForwardBatch(
-            input_ids=rows.token_ids[row_of, positions],
-            positions=positions,
-            slot_mapping=rows.slots(row_of, positions),
-            num_decodes=len(decodes),
-            block_table=rows.block_table[decode_rows],
-            seq_lens=(rows.num_computed[decode_rows] + 1).int(),
-            prefills=tuple(prefills),
-            logits_indices=torch.tensor(logits_indices, dtype=torch.int64, device=device),
-        )
+    def decode(self, num_lines: int) -> Sampled:
+        """The next token of the first `num_lines` rows of the batch, null rows included."""
+        lines = self.rows.batch[:num_lines]
+        inputs = self._empty_inputs(num_lines)
+        batch = ForwardBatch(inputs, num_lines, *self._decode_inputs(lines, inputs), None)
+        logits = self.model.logits(self.model.forward(batch, self.cache))
+        return Sampled(logits, sampler.choose(logits, lines, self.rows))
 
-    def _check(self, chunk: Chunk) -> None:
-        computed = int(self.rows.num_computed[chunk.row])
-        assert chunk.start == computed, f"{chunk=} but {computed=}"
+    def _set_decodes(self, delta: Delta, packed: bytes) -> None:
+        if packed == self._packed:
+            return
+        self._packed, self._decodes = packed, np.frombuffer(packed, np.int32)
+        self.rows.put_batch(delta, self._decodes)
+        self._logprob_lines = self._wanting(self._decodes.tolist())
 
-    def _advance(self, decodes: list[int], chunks: tuple[Chunk, ...]) -> None:
-        self.rows.num_computed[decodes] += 1
-        for chunk in chunks:
-            self.rows.num_computed[chunk.row] += chunk.num_tokens
+    def _wanting(self, rows: Iterable[int]) -> list[tuple[int, int]]:
+        """(index, number of best) of the rows that want log-probabilities of their tokens."""
+        wanted = ((i, self.rows.sampling[row].num_logprobs) for i, row in enumerate(rows))
+        return [(i, num) for i, num in wanted if num >= 0]
 
-    def _sample(
-        self, hidden: Tensor, row_ids: list[int]
-    ) -> tuple[list[int], dict[int, LogprobEntry]]:
-        if not row_ids:
-            return [], {}
-        logits = self.model.logits(hidden)
-        chosen = sampler.choose(logits, row_ids, self.rows)
-        self.rows.append(torch.tensor(row_ids, device=self.device), chosen)
-        logprobs = {}
-        for i, row in enumerate(row_ids):
-            wanted = self.rows.sampling[row].num_logprobs
-            if wanted >= 0:
-                logprobs[i] = sampler.entries(logits[i : i + 1], chosen[i : i + 1], wanted)[0]
-        return chosen.tolist(), logprobs
+    def _empty_inputs(self, num_tokens: int) -> kernels.Inputs:
+        return kernels.Inputs.empty(num_tokens, self.model.cos.shape[1], self.device)
 
-    def _prompt_logprobs(
-        self, chunks: tuple[Chunk, ...], batch: ForwardBatch, hidden: Tensor
-    ) -> dict[int, tuple[LogprobEntry, ...]]:
-        """For chunks that ask: entries of the prompt tokens that follow each of the chunk's."""
+    def _decode_inputs(self, lines: Tensor, inputs: kernels.Inputs) -> tuple[Tensor, Tensor]:
+        """Fills in the inputs of decodes; returns their block table and lengths."""
+        tokens, model = self.rows.tokens, self.model
+        most = tokens.block_table.shape[1]
+        table = torch.empty(len(lines), most, dtype=torch.int32, device=self.device)
+        seq_lens = torch.empty(len(lines), dtype=torch.int32, device=self.device)
+        kernels.decode_inputs(tokens, lines, model.cos, model.sin, inputs, table, seq_lens)
+        return table, seq_lens
+
+    def _mixed(self, plan: ChunkPlan, carried: Tensor) -> tuple[Tensor, Sampled | None]:
+        """Decodes and chunks in one pass: its hidden states, and what is sampled of them."""
+        rows, model = self.rows, self.model
+        inputs = self._empty_inputs(plan.num_tokens)
+        decodes = self._decode_inputs(rows.batch[: plan.num_decodes], inputs)
+        chunks = plan.table(carried)
+        kernels.chunk_inputs(rows.tokens, chunks, plan.max_tokens, model.cos, model.sin, inputs)
+        prefills = plan.prefills(carried, rows.tokens.block_table)
+        batch = ForwardBatch(inputs, plan.num_decodes, *decodes, prefills)
+        hidden = model.forward(batch, self.cache)
+        lines, tokens = plan.lines(carried)
+        if not len(lines):
+            return hidden, None
+        logits = model.logits(hidden[tokens])
+        return hidden, Sampled(logits, sampler.choose(logits, lines, rows))
+
+    def _finish(
+        self,
+        step: Step,
+        plan: ChunkPlan | None,
+        hidden: Tensor | None,
+        sampled: Sampled | None,
+        times: StepTimes,
+    ) -> InFlight:
+        """Sends the results on their way to the host."""
+        lines = self._logprob_lines
+        if plan is not None:
+            num_decodes = plan.num_decodes
+            lines = lines + [(num_decodes + i, num) for i, num in self._wanting(plan.sampled)]
+        logprobs = None
+        if sampled is not None and lines:
+            index = torch.tensor([line for line, _ in lines], device=self.device)
+            most = max(num for _, num in lines)
+            logprobs = Logprobs.of(sampled.logits[index], sampled.token_ids[index], most)
+        prompt_logprobs = {}
+        if plan is not None and hidden is not None:
+            prompt_logprobs = self._prompt_logprobs(plan, hidden)
+        token_ids = None if sampled is None else to_host(sampled.token_ids)
+        times.finish()
+        return InFlight(step, token_ids, logprobs, lines, prompt_logprobs, times)
+
+    def _prompt_logprobs(self, plan: ChunkPlan, hidden: Tensor) -> dict[int, list[Logprobs]]:
+        """For chunks that ask: of the prompt tokens that follow each of the chunk's."""
         found = {}
-        for i, (chunk, prefill) in enumerate(zip(chunks, batch.prefills, strict=True)):
+        for i, (chunk, first) in enumerate(zip(plan.chunks, plan.first_tokens, strict=True)):
             wanted = self.rows.sampling[chunk.row].num_prompt_logprobs
             if wanted < 0:
                 continue
             stop = min(chunk.start + chunk.num_tokens, self.rows.num_prompt_tokens[chunk.row] - 1)
-            following = self.rows.token_ids[chunk.row, chunk.start + 1 : stop + 1]
-            own = hidden[prefill.first : prefill.first + len(following)]
-            slices = zip(
-                own.split(sampler.PROMPT_LOGITS_SLICE),
-                following.split(sampler.PROMPT_LOGITS_SLICE),
-                strict=True,
-            )
-            found[i] = tuple(
-                entry
-                for part, ids in slices
-                for entry in sampler.entries(self.model.logits(part), ids, wanted)
-            )
+            following = self.rows.tokens.token_ids[chunk.row, chunk.start + 1 : stop + 1].long()
+            own = hidden[first : first + len(following)]
+            found[i] = [
+                Logprobs.of(self.model.logits(part), ids, wanted)
+                for part, ids in zip(
+                    own.split(sampler.PROMPT_LOGITS_SLICE),
+                    following.split(sampler.PROMPT_LOGITS_SLICE),
+                    strict=True,
+                )
+            ]
         return found

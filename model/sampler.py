@@ -1,14 +1,17 @@
-"""Logits to tokens for the rows of a step.
+"""Logits to tokens and log-probabilities for the lines of a step.
 
 The order is that of `ipc.messages.Sampling`: penalties, bias, mask; then temperature and filters;
 then the noise field of `kernels.sample.gumbel_noise`, and the argmax. So a row's token depends on
 its own logits, seed and position alone: not on the batch, the step, or a replay.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from ..ipc.messages import LogprobEntry, Sampling
+from ..ipc.messages import LogprobEntry
 from ..kernels import sample
 from .rows import Rows
 
@@ -16,77 +19,48 @@ PROMPT_LOGITS_SLICE = 512
 """Prompt positions whose logits exist at once."""
 
 
-def choose(logits: Tensor, row_ids: list[int], rows: Rows) -> Tensor:
-    """logits: [S, V] float32, one for each of `row_ids` -> token ids [S] int64. `logits` is left
-    alone."""
-    adjusted = _adjust(logits, row_ids, rows)
-    chosen = adjusted.argmax(dim=-1)
-    noisy = [i for i, row in enumerate(row_ids) if rows.sampling[row].temperature > 0]
-    if noisy:
-        index = torch.tensor(noisy, device=logits.device)
-        which = torch.tensor([row_ids[i] for i in noisy], device=logits.device)
-        chosen[index] = _draw(adjusted[index], which, [row_ids[i] for i in noisy], rows)
-    return chosen
+def choose(logits: Tensor, lines: Tensor, rows: Rows) -> Tensor:
+    """Chooses a token for each line, and appends it to the line's row.
+
+    logits: [S, V] float32, left alone; lines: [S] int32, the rows; all may be captured in a graph
+    -> token ids [S] int64
+    """
+    return sample.sample_and_append(logits, lines, rows.choice, rows.tokens.token_ids)
 
 
-def _draw(logits: Tensor, which: Tensor, row_ids: list[int], rows: Rows) -> Tensor:
-    logits = logits / rows.temperature[which, None]
-    if any(_filters(rows.sampling[row]) for row in row_ids):
-        logits = sample.filter_logits(
-            logits, rows.top_k[which], rows.top_p[which], rows.min_p[which]
-        )
-    noise = sample.gumbel_noise(rows.seed[which], rows.num_tokens[which], logits.shape[1])
-    return (logits + noise).argmax(dim=-1)
+@dataclass(frozen=True)
+class Logprobs:
+    """Log-probabilities of tokens, in the host's memory once their step has ended."""
+
+    token_ids: Tensor
+    logprobs: Tensor
+    top_ids: Tensor
+    top_logprobs: Tensor
+    """[S] and [S, most], in the host's memory."""
+
+    @classmethod
+    def of(cls, logits: Tensor, chosen: Tensor, num_top: int) -> "Logprobs":
+        """logits: [S, V], chosen: [S]; the `num_top` best besides."""
+        logprobs, top, top_ids = sample.top_logprobs(logits, chosen, num_top)
+        return cls(*(to_host(each) for each in (chosen, logprobs, top_ids, top)))
+
+    def entries(self, wanted: Sequence[int] | None = None) -> list[LogprobEntry]:
+        """One for each position, with as many of the best as `wanted` says (None: all)."""
+        columns = zip(
+            self.token_ids.tolist(), self.logprobs.tolist(), self.top_ids.tolist(),
+            self.top_logprobs.tolist(), strict=True,
+        )  # fmt: skip
+        return [
+            LogprobEntry(token_id, logprob, tuple(zip(ids[:num], values[:num], strict=True)))
+            for (token_id, logprob, ids, values), num in zip(
+                columns, wanted or [None] * len(self.token_ids), strict=True
+            )
+        ]
 
 
-def _filters(sampling: Sampling) -> bool:
-    return sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0
-
-
-def _adjust(logits: Tensor, row_ids: list[int], rows: Rows) -> Tensor:
-    copied = False
-    for i, row in enumerate(row_ids):
-        sampling = rows.sampling[row]
-        if not _adjusts(sampling):
-            continue
-        if not copied:
-            logits, copied = logits.clone(), True
-        logits[i] = _adjust_row(logits[i], row, sampling, rows)
-    return logits
-
-
-def _adjusts(sampling: Sampling) -> bool:
-    return bool(
-        sampling.presence_penalty
-        or sampling.frequency_penalty
-        or sampling.repetition_penalty != 1.0
-        or sampling.logit_bias
-        or sampling.min_tokens
-    )
-
-
-def _adjust_row(logits: Tensor, row: int, sampling: Sampling, rows: Rows) -> Tensor:
-    num_tokens, num_prompt = int(rows.num_tokens[row]), rows.num_prompt_tokens[row]
-    logits = sample.apply_penalties(
-        logits,
-        rows.token_ids[row, :num_tokens],
-        num_prompt,
-        sampling.presence_penalty,
-        sampling.frequency_penalty,
-        sampling.repetition_penalty,
-    )
-    for token_id, bias in sampling.logit_bias:
-        logits[token_id] += bias
-    if num_tokens - num_prompt < sampling.min_tokens:
-        logits[list(sampling.masked_token_ids)] = float("-inf")
-    return logits
-
-
-def entries(logits: Tensor, chosen: Tensor, num_top: int) -> tuple[LogprobEntry, ...]:
-    """logits: [S, V], chosen: [S] -> one entry for each position, with its `num_top` best."""
-    logprobs, top, top_ids = sample.top_logprobs(logits, chosen, num_top)
-    columns = zip(chosen.tolist(), logprobs.tolist(), top_ids.tolist(), top.tolist(), strict=True)
-    return tuple(
-        LogprobEntry(token_id, logprob, tuple(zip(ids, values, strict=True)))
-        for token_id, logprob, ids, values in columns
-    )
+def to_host(x: Tensor) -> Tensor:
+    """A copy in pinned memory, on its way; x itself, if it is there."""
+    if not x.is_cuda:
+        return x
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    return host.copy_(x, non_blocking=True)

@@ -117,7 +117,7 @@ def build(load: Load, report: "Reporter") -> tuple[Runner, Ready]:
         load.kv_cache_free_gpu_memory_fraction,
     )
     cache = kv_cache.KVCache(config, num_blocks, load.block_size, dtype, device)
-    rows = Rows(max_batch_size, max_seq_len, load.block_size, device)
+    rows = Rows(max_batch_size, max_seq_len, load.block_size, config.vocab_size, device)
     ready = Ready(
         epoch=load.epoch,
         device=str(device),

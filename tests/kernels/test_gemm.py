@@ -102,14 +102,9 @@ def test_grouped_linear_equals_linear_group_by_group(
         w_scale = torch.stack([scale for _, scale in pairs])
     x = torch.randn(sum(counts), k)
     act_quant = quantised == "act_quant"
-    got = grouped_linear(x, w, w_scale, torch.tensor(counts), act_quant)
+    got = grouped_linear(x, w, w_scale, torch.tensor(counts).cumsum(0), act_quant)
     parts = [
         linear(rows, w[e], None if w_scale is None else w_scale[e], act_quant)
         for e, rows in enumerate(x.split(counts))
     ]
     close(got, torch.cat(parts), "exact")
-
-
-def test_grouped_linear_counts_that_do_not_add_up_are_a_bug_that_asserts() -> None:
-    with pytest.raises(AssertionError):
-        grouped_linear(torch.randn(5, 8), torch.randn(2, 4, 8), None, torch.tensor([2, 2]))

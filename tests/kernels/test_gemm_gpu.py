@@ -304,14 +304,15 @@ def test_grouped_linear_in_a_graph_follows_its_counts(name: str, kind: str, clos
     w, w_scale = weights(8, n, k, BF16 if kind == "plain" else FP8)
     scale = None if kind == "plain" else w_scale
     counts = torch.tensor(COUNTS[name], device="cuda")
+    offsets = counts.cumsum(0)
     act_quant = kind == "act_quant"
-    graph, out = captured(lambda: gemm.grouped_linear(x, w, scale, counts, act_quant))
+    graph, out = captured(lambda: gemm.grouped_linear(x, w, scale, offsets, act_quant))
     for new in (COUNTS[name][::-1], [0, 0, total, 0, 0, 0, 0, 0], [total - 7, *[1] * 7]):
-        counts.copy_(torch.tensor(new))
+        offsets.copy_(torch.tensor(new).cumsum(0))
         x.copy_(rand(total, k))
         graph.replay()
         q, q_scale = quant.quantize_1x128(x) if act_quant else (x, None)
-        bounds, want = moe_gemm.contiguous_bounds(counts.cumsum(0)), torch.empty_like(out)
+        bounds, want = moe_gemm.contiguous_bounds(offsets), torch.empty_like(out)
         close(out, moe_gemm.by_expert(q, q_scale, w, scale, bounds, want), "bfloat16")
 
 

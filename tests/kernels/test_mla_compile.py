@@ -76,18 +76,28 @@ def test_schedule_and_combine(arch: int) -> None:
         )
 
 
-PREFILL = [(192, 128, BF16, True, 90), (192, 128, BF16, True, 100), (40, 20, BF16, True, 90)]
-PREFILL += [(192, 128, BF16, False, 90), (128, 64, F32, True, 90)]
+PREFILL = [(192, 0, 128, BF16, True, 90), (192, 0, 128, BF16, True, 100)]
+PREFILL += [
+    (40, 0, 20, BF16, True, 90),
+    (192, 0, 128, BF16, False, 90),
+    (128, 0, 64, F32, True, 90),
+]
+PREFILL += [(128, 64, 128, BF16, True, 90), (128, 64, 128, BF16, True, 100)]
+PREFILL += [(32, 16, 32, BF16, True, 90), (128, 64, 128, BF16, False, 90)]
 
 
-@pytest.mark.parametrize(("width", "v_width", "dtype", "varlen", "arch"), PREFILL, ids=str)
-def test_prefill(width: int, v_width: int, dtype: torch.dtype, varlen: bool, arch: int) -> None:
-    bm, bn, warps, stages = mla_prefill.tile(dtype, max(width, v_width), MAX_SMEM)
-    da, db = mla_prefill.split_width(width)
+@pytest.mark.parametrize(("width", "rest", "v_width", "dtype", "varlen", "arch"), PREFILL, ids=str)
+def test_prefill(
+    width: int, rest: int, v_width: int, dtype: torch.dtype, varlen: bool, arch: int
+) -> None:
+    bm, bn, warps, stages = mla_prefill.tile(dtype, max(width + rest, v_width), MAX_SMEM)
+    split = mla_prefill.split_width(width, rest)
     q, k, v, out = (torch.empty(8, 16, 192, dtype=dtype) for _ in range(4))
-    strides = (16 * width, width) * 2 + (16 * 256, 256, 16 * v_width, v_width)
-    args = (q, k, v, out, torch.empty(4), LENS, LENS, 100, 100, 0.1, 100, *strides)
-    widths = {"D": width, "DA": da, "DB": db, "DV": v_width}
+    strides = (16 * width, width) * 2 + ((64, 0) if rest else (16 * width, width))
+    strides += (16 * 256, 256, 16 * v_width, v_width)
+    args = (q, k, k, v, out, torch.empty(4), LENS, LENS, 100, 100, 0.1, 100, *strides)
+    widths = {"WA": split.a, "WB": split.b, "DA": split.padded_a, "DB": split.padded_b}
+    widths["DV"] = v_width
     widths["DVP"] = max(16, triton.next_power_of_2(v_width))
     flags = {"CAUSAL": True, "VARLEN": varlen, "PRECISION": "ieee" if dtype == F32 else "tf32"}
     constexprs = {**widths, **flags, "BM": bm, "BN": bn, "num_stages": stages}

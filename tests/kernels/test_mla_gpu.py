@@ -201,6 +201,19 @@ def test_mla_prefill(case: Prefill, close) -> None:
     close(lse, want_lse, "float32")
 
 
+@pytest.mark.parametrize(("nope", "rope"), [(128, 64), (32, 16), (24, 8)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_mla_prefill_rope_keys_apart(nope: int, rope: int, causal: bool, close) -> None:
+    q, k, v = prefill_inputs(Prefill(300, 1400, 16, nope + rope, 32))
+    k_pe = torch.full((1404, rope + 8), float("nan"), device="cuda", dtype=BF16)[2:-2, 4:-4]
+    k_pe.copy_(k[:, 0, nope:])
+    whole = torch.cat((k[..., :nope], k_pe[:, None].expand(-1, 16, -1)), dim=-1)
+    out, lse = mla.mla_prefill(q, k[..., :nope], v, SCALE, causal, k_pe=k_pe)
+    want, want_lse = reference.mla_prefill(q, whole, v, SCALE, causal)
+    close(out, want, "bfloat16")
+    close(lse, want_lse, "float32")
+
+
 def test_mla_prefill_varlen_graph_replayed_with_other_lengths(close) -> None:
     q, k, v = prefill_inputs(Prefill(400, 900, 16, 192, 128))
     cu_q = torch.tensor([0, 100, 400, 400], dtype=torch.int32, device="cuda")

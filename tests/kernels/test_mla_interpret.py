@@ -115,6 +115,18 @@ def test_mla_prefill(num_q: int, num_k: int, width: int, v_width: int, causal: b
 
 
 @interpreted
+@pytest.mark.parametrize(("nope", "rope"), [(32, 16), (24, 8)])
+def test_mla_prefill_rope_keys_apart(nope: int, rope: int, close) -> None:
+    q, k = torch.randn(33, 3, nope + rope), torch.randn(97, 3, nope)
+    v, k_pe = torch.randn(97, 3, 20), torch.randn(97, rope)
+    out, lse = mla.mla_prefill(q, k, v, 0.2, True, k_pe=k_pe)
+    whole = torch.cat((k, k_pe[:, None].expand(-1, 3, -1)), dim=-1)
+    want, want_lse = reference.mla_prefill(q, whole, v, 0.2, True)
+    close(out, want, "float32")
+    close(lse, want_lse, "float32")
+
+
+@interpreted
 def test_mla_prefill_varlen_equals_one_at_a_time(close) -> None:
     lens_q, lens_k = [3, 0, 70, 1], [9, 4, 70, 100]
     q, k, v = (torch.randn(n, 2, d) for n, d in ((74, 40), (183, 40), (183, 20)))

@@ -76,24 +76,36 @@ def test_permute_then_combine_with_unit_weights_is_the_sum_of_copies(
     num_tokens: int, top_k: int, n_experts: int
 ) -> None:
     ids = torch.rand(num_tokens, n_experts).argsort(dim=1)[:, :top_k]
-    order, counts = permute_by_expert(ids, n_experts)
-    assert counts.tolist() == [(ids == e).sum().item() for e in range(n_experts)]
+    order, offsets, place = permute_by_expert(ids, n_experts)
+    assert offsets.diff(prepend=torch.tensor([0])).tolist() == [
+        (ids == e).sum().item() for e in range(n_experts)
+    ]
     assert (ids.flatten()[order].diff() >= 0).all()
     assert sorted(order.tolist()) == list(range(num_tokens * top_k))
     x = torch.randn(num_tokens, 5)
-    out = combine_experts(x[order // top_k], order, torch.ones(num_tokens, top_k))
+    out = combine_experts(x[order // top_k], place, torch.ones(num_tokens, top_k))
     torch.testing.assert_close(out, x * top_k)
 
 
 def test_permute_by_expert_all_tokens_to_one_expert_keeps_their_order() -> None:
-    order, counts = permute_by_expert(torch.full((9, 1), 3), 5)
-    assert order.tolist() == list(range(9)) and counts.tolist() == [0, 0, 0, 9, 0]
+    order, offsets, place = permute_by_expert(torch.full((9, 1), 3), 5)
+    assert order.tolist() == place.tolist() == list(range(9))
+    assert offsets.tolist() == [0, 0, 0, 9, 9]
+
+
+def test_permute_by_expert_of_some_experts_leaves_the_others_out() -> None:
+    ids = torch.tensor([[5, 2], [9, 3], [2, 4]])
+    order, offsets, place = permute_by_expert(ids, 3, first_expert=2)
+    assert order[:4].tolist() == [1, 4, 3, 5] and offsets.tolist() == [2, 3, 4]
+    assert place.tolist() == [-1, 0, -1, 2, 1, 3]
+    y = torch.tensor([[1.0], [10.0], [100.0], [1000.0], [float("nan")], [float("nan")]])
+    assert combine_experts(y, place, torch.ones(3, 2)).tolist() == [[1.0], [100.0], [1010.0]]
 
 
 def test_combine_experts_applies_the_weight_of_the_pair() -> None:
     ids = torch.rand(30, 8).argsort(dim=1)[:, :3]
     weights = torch.rand(30, 3)
-    order, _ = permute_by_expert(ids, 8)
+    order, _, place = permute_by_expert(ids, 8)
     value_of_expert = torch.randn(8, 4)
-    out = combine_experts(value_of_expert[ids.flatten()[order]], order, weights)
+    out = combine_experts(value_of_expert[ids.flatten()[order]], place, weights)
     torch.testing.assert_close(out, torch.einsum("tk,tkn->tn", weights, value_of_expert[ids]))

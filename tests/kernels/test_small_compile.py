@@ -55,11 +55,11 @@ CASES = [
         (Q, S, X),
         {"N": 32768, "K": 512, "ROWS": quant.DEQUANT_ROWS},
     ),
-    Case("norm", fused._norm, (X, None, W, X, None, None, 1e-6, 576, 0, 0, 0), {**HIDDEN}, 8),
+    Case("norm", fused._norm, (X, None, W, X, None, None, None, 1e-6, 576, 0, 0, 0), {**HIDDEN}, 8),
     Case(
         "add_norm_quant",
         fused._norm,
-        (X, X, W, Q, X, S, 1e-6, 7168, 7168, 56, 1),
+        (X, X, W, Q, X, S, X, 1e-6, 7168, 7168, 56, 1),
         {**HIDDEN},
         8,
         also_blackwell=True,
@@ -109,10 +109,26 @@ CASES = [
         1,
     ),
     *(
-        Case(f"permute {pairs}", moe_route._permute, (IDS, IDS, IDS, IDS, pairs), {"BLOCK": b}, w)
+        Case(
+            f"permute {pairs}", moe_route._permute, (IDS, IDS, IDS, IDS, pairs, 0), {"BLOCK": b}, w
+        )
         for pairs, (b, w) in ((p, moe_route.permute_tile(p)) for p in (512, 65536))
     ),
-    Case("invert", moe_route._invert, (IDS, IDS, 512), {"BLOCK": 1024}),
+    Case(
+        "gather quantized",
+        moe_route._gather,
+        (meta(torch.uint8), S, IDS, IDS, meta(torch.uint8), S, 256, 7168, 1, 64, 1, 512),
+        {"WIDTH": 7168, "GROUPS": 56, "GROUPS_BLOCK": 64, "TOP_K": 8}
+        | {"BLOCK": moe_route.GATHER_BLOCK},
+        also_blackwell=True,
+    ),
+    Case(
+        "gather",
+        moe_route._gather,
+        (X, None, IDS, IDS, X, None, 256, 7168, 0, 0, 0, 0),
+        {"WIDTH": 7168, "GROUPS": 56, "GROUPS_BLOCK": 64, "TOP_K": 8}
+        | {"BLOCK": moe_route.GATHER_BLOCK},
+    ),
     Case(
         "combine",
         moe_route._combine,

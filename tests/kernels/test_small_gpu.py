@@ -114,8 +114,9 @@ def test_norms_equal_their_twins(case: Case, close) -> None:
     want, want_total = reference.add_rms_norm(x, residual, weight, 1e-6)
     same_bits(total, want_total)
     close(normed, want, kind)
-    q, scale, total = fused.add_rms_norm_quant(x, residual, weight, 1e-6, case.ue8m0, True)
+    q, scale, again, total = fused.add_rms_norm_quant(x, residual, weight, 1e-6, case.ue8m0, True)
     same_bits(total, want_total)
+    same_bits(again, normed)
     if case.dtype == BF16:  # a float32 norm of another order of summation has other last bits
         for got, want in zip((q, scale), quantized(normed, case.ue8m0), strict=True):
             same_bits(got, want)
@@ -209,21 +210,40 @@ def test_moe_gate_ties_go_to_the_lowest_index() -> None:
 def test_permute_by_expert_equals_its_twin(num_tokens: int, n_experts: int) -> None:
     ids = torch.rand(num_tokens, n_experts, device="cuda").argsort(dim=1)[:, :8].contiguous()
     for topk_ids in (ids, torch.full_like(ids, n_experts - 1), ids % 3):
-        order, counts, place = moe_route.permute_both_ways(topk_ids, n_experts)
-        want_order, want_counts = reference.permute_by_expert(topk_ids, n_experts)
-        assert torch.equal(order, want_order) and torch.equal(counts, want_counts)
-        assert torch.equal(order[place], torch.arange(8 * num_tokens, device="cuda"))
+        for first, count in ((0, n_experts), (32, 96)):
+            order, offsets, place = moe_route.permute_by_expert(topk_ids, count, first)
+            want_order, want, want_place = reference.permute_by_expert(topk_ids, count, first)
+            used = int(offsets[-1])
+            assert torch.equal(order[:used], want_order[:used])
+            assert torch.equal(offsets, want) and torch.equal(place, want_place)
+
+
+@pytest.mark.parametrize("case", [Case(130, HIDDEN), Case(0, HIDDEN), Case(5, 1000)], ids=str)
+def test_gather_equals_its_twin(case: Case) -> None:
+    x = inside(rand(case.num_tokens, case.width, dtype=case.dtype))
+    ids = torch.rand(case.num_tokens, 256, device="cuda").argsort(dim=1)[:, :8].contiguous()
+    order, offsets, _ = reference.permute_by_expert(ids, 100, 30)
+    used = int(offsets[-1])
+    token = order[:used] // 8
+    order[used:] = 1 << 40  # is never followed
+    same_bits(moe_route.gather_rows(x, order, offsets, 8)[:used], x[token])
+    q, scale = quant.quantize_1x128(x, scale_k_major=True)
+    for k_major in (False, True):
+        rows, scales = moe_route.gather_quantized(q, scale, order, offsets, 8, k_major)
+        same_bits(rows[:used].view(torch.uint8), q.view(torch.uint8)[token])
+        same_bits(scales[:used], scale[token])
 
 
 @pytest.mark.parametrize("case", [Case(130, HIDDEN), Case(0, HIDDEN), Case(5, 1000, F32)], ids=str)
 def test_combine_experts_equals_its_twin(case: Case, close) -> None:
     y = inside(rand(8 * case.num_tokens, case.width, dtype=case.dtype))
-    order = torch.randperm(8 * case.num_tokens, device="cuda")
+    place = torch.randperm(8 * case.num_tokens, device="cuda")
+    place[::5] = -1
     weights = torch.rand(case.num_tokens, 8, device="cuda")
     shared = rand(case.num_tokens, case.width, dtype=case.dtype)
-    want, kind = reference.combine_experts(y, order, weights), KIND[case.dtype]
-    close(moe_route.combine_experts(y, order, weights), want, kind)
-    close(moe_route.combine_experts(y, order, weights, None, shared), want + shared, kind)
+    want, kind = reference.combine_experts(y, place, weights), KIND[case.dtype]
+    close(moe_route.combine_experts(y, place, weights), want, kind)
+    close(moe_route.combine_experts(y, place, weights, shared), want + shared, kind)
 
 
 SEEDS = [0, -1, (1 << 63) - 1, -(1 << 63), 123456789123456789]
@@ -378,8 +398,9 @@ def graph_ops() -> dict[str, tuple[Op, Callable[[], tuple[Tensor, ...]]]]:
     def route(scores: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         bias = torch.zeros(256, device="cuda")
         ids, weights = moe_route.moe_gate(scores, bias, 8, 4, 8, True, 2.5)
-        order, counts = moe_route.permute_by_expert(ids, 256)
-        return ids, weights, order, counts, moe_route.combine_experts(y, order, weights)
+        order, offsets, place = moe_route.permute_by_expert(ids, 256)
+        rows = moe_route.gather_rows(y, order, offsets, 8)[: len(y)]
+        return ids, weights, order, offsets, moe_route.combine_experts(rows, place, weights)
 
     def angles() -> tuple[Tensor, Tensor]:
         return torch.rand(16, 32, device="cuda"), torch.rand(16, 32, device="cuda")

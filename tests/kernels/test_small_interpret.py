@@ -79,8 +79,9 @@ def test_norms(width: int, dtype: torch.dtype, close) -> None:
     same_bits(total, want_total)
     close(normed, want, kind)
     for ue8m0 in (False, True):
-        q, scale, total = fused.add_rms_norm_quant(x, residual, weight, 1e-6, ue8m0)
+        q, scale, again, total = fused.add_rms_norm_quant(x, residual, weight, 1e-6, ue8m0)
         same_bits(total, want_total)
+        same_bits(again, normed)
         want_q, want_scale = reference.quantize_1x128(normed, ue8m0)
         same_bits(q, want_q)
         same_bits(scale, want_scale)
@@ -165,18 +166,41 @@ def test_moe_gate_of_ties_and_nans_names_distinct_experts() -> None:
 @pytest.mark.parametrize("num_tokens", [0, 1, 700])
 def test_permute_and_combine(num_tokens: int, close) -> None:
     ids = torch.rand(num_tokens, 12).argsort(dim=1)[:, :3].contiguous()
-    order, counts, place = moe_route.permute_both_ways(ids, 12)
-    want_order, want_counts = reference.permute_by_expert(ids, 12)
-    assert torch.equal(order, want_order) and torch.equal(counts, want_counts)
-    assert torch.equal(order[place], torch.arange(3 * num_tokens))
+    for first, count in ((0, 12), (4, 5)):
+        order, offsets, place = moe_route.permute_by_expert(ids, count, first)
+        want_order, want_offsets, want_place = reference.permute_by_expert(ids, count, first)
+        used = int(offsets[-1])
+        assert torch.equal(order[:used], want_order[:used])
+        assert torch.equal(offsets, want_offsets) and torch.equal(place, want_place)
     y, weights = torch.randn(3 * num_tokens, 20).to(BF16)[:40], torch.rand(num_tokens, 3)[:13]
     if num_tokens == 700:
         ids, y = ids[:13], y[:39]
-        order, _, place = moe_route.permute_both_ways(ids, 12)
+    _, _, place = moe_route.permute_by_expert(ids, 5, 4)
     shared = torch.randn(len(weights), 20).to(BF16)
-    want = reference.combine_experts(y, order, weights)
-    close(moe_route.combine_experts(y, order, weights), want, "bfloat16")
-    close(moe_route.combine_experts(y, order, weights, place, shared), want + shared, "bfloat16")
+    want = reference.combine_experts(y, place, weights)
+    close(moe_route.combine_experts(y, place, weights), want, "bfloat16")
+    close(moe_route.combine_experts(y, place, weights, shared), want + shared, "bfloat16")
+
+
+@interpreted
+@pytest.mark.parametrize("num_tokens", [0, 1, 40])
+def test_gather(num_tokens: int) -> None:
+    x = torch.randn(num_tokens, 300)[:, 20:276].to(BF16)
+    ids = torch.rand(num_tokens, 12).argsort(dim=1)[:, :3].contiguous()
+    order, offsets, _ = reference.permute_by_expert(ids, 5, 4)
+    used, q = int(offsets[-1]), reference.quantize_1x128(x)
+    want = x[order[:used] // 3]
+    same_bits(moe_route.gather_rows(x, order, offsets, 3)[:used], want)
+    for k_major in (False, True):
+        got = moe_route.gather_quantized(*q, order, offsets, 3, k_major)
+        for mine, whole in zip(got, q, strict=True):
+            same_bits(
+                mine[:used],
+                whole.view(torch.uint8)
+                .view(num_tokens, whole.shape[1], -1)[order[:used] // 3]
+                .flatten(1)
+                .view(whole.dtype),
+            )
 
 
 SEEDS = torch.tensor([0, -1, (1 << 63) - 1, 123456789123456789])

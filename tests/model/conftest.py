@@ -306,7 +306,7 @@ class Row:
         """Row 0 with these tokens, in chunks of these lengths, in blocks in reverse order."""
         assert sum(chunks) == len(ids)
         rows = self.runner.rows
-        count = min(rows.block_table.shape[1], self.runner.cache.num_blocks - 1)
+        count = min(rows.tokens.block_table.shape[1], self.runner.cache.num_blocks - 1)
         blocks = tuple(range(count, 0, -1))
         join = Join(0, pack_int32(ids), len(ids), 0, blocks, sampling)
         outputs, start = [], 0
@@ -355,9 +355,9 @@ class Engine:
     def __init__(self, runner: Runner, max_num_tokens: int, pipeline_depth: int) -> None:
         self.runner = runner
         self.scheduler = Scheduler(
-            max_batch_size=runner.rows.num_tokens.shape[0],
+            max_batch_size=runner.rows.null,
             max_num_tokens=max_num_tokens,
-            max_seq_len=runner.rows.token_ids.shape[1] - 1,
+            max_seq_len=runner.rows.tokens.token_ids.shape[1] - 1,
             num_blocks=runner.cache.num_blocks,
             block_size=runner.cache.block_size,
             pipeline_depth=pipeline_depth,

@@ -19,7 +19,6 @@ from torch import Tensor
 from dsd.ipc.messages import Sampling
 from dsd.kernels.quant import dequantize_128x128, quantize_128x128
 from dsd.model import checkpoint as tables
-from dsd.model import mla
 from dsd.model.config import ModelConfig
 from dsd.model.layers import Arithmetic, Linear
 
@@ -73,7 +72,7 @@ def test_prefill_in_any_chunks_equals_transformers(
     checkpoint, open_runner, row_of, watch_logits, prompt_of, monkeypatch
 ) -> None:
     """The context in slices of 50 too, so that several are merged."""
-    monkeypatch.setattr(mla, "CONTEXT_SLICE", 50)
+    monkeypatch.setattr("dsd.model.chunks.CONTEXT_TOKENS", 50)
     runner = open_runner(checkpoint.directory)
     seen = watch_logits(runner)
     generator = torch.Generator().manual_seed(1)
@@ -324,7 +323,7 @@ def test_act_quant_linear_equals_explicit_dequantised_arithmetic(
     torch.manual_seed(0)
     q, scale = quantize_128x128(torch.randn(n, k))
     x = torch.randn(33, k) * torch.logspace(-1, 1, k)
-    linear = Linear({"w": q, "w.scale": scale}, "w", Arithmetic(act_quant=True, ue8m0=ue8m0))
+    linear = Linear(q, scale, Arithmetic(torch.float32, fp8=True, ue8m0=ue8m0))
     want = fake_quantise(x, ue8m0) @ dequantize_128x128(q, scale, torch.float32).t()
     assert_near(linear(x), want, "act_quant, one linear map")
     assert relative_error(linear(x), x @ dequantize_128x128(q, scale, torch.float32).t()) > 5e-3
