@@ -20,6 +20,7 @@ from torch import Tensor
 from . import checkpoint
 from .checkpoint import TargetSpec, TensorSpec
 from .config import CheckpointError, ModelConfig
+from .parallel import WHOLE, Layout
 
 NUM_THREADS = 4
 STAGING_BYTES = 256 * 1024 * 1024
@@ -76,9 +77,14 @@ class Index:
 
 
 def load(
-    config: ModelConfig, model_dir: Path, dtype: torch.dtype, device: torch.device, report: Progress
+    config: ModelConfig,
+    model_dir: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    report: Progress,
+    layout: Layout = WHOLE,
 ) -> dict[str, Tensor]:
-    """The weights of `model_dir` by the target names of `checkpoint.targets`.
+    """The rank's part of the weights of `model_dir`, by the target names of `checkpoint.targets`.
 
     fp8 weights stay e4m3 with float32 scales. Others keep their dtype, except that float32 ones are
     rounded to `dtype` if that is narrower. Raises CheckpointError before memory is taken for
@@ -86,9 +92,9 @@ def load(
     """
     with ExitStack() as stack:
         index = Index.read(model_dir, stack)
-        specs = list(checkpoint.tensors(config))
+        specs = list(checkpoint.tensors(config, layout))
         check(config, index, specs)
-        weights = _allocate(config, index, specs, dtype, device)
+        weights = _allocate(config, layout, index, specs, dtype, device)
         total = sum(weight.nbytes for weight in weights.values())
         done, lock = [0], threading.Lock()
 
@@ -105,9 +111,11 @@ def load(
 
 
 def check(config: ModelConfig, index: Index, specs: list[TensorSpec]) -> None:
-    """Compares what the files hold with what the model needs. Raises CheckpointError."""
-    expected = {spec.name for spec in specs}
-    missing = [spec.name for spec in specs if spec.name not in index.files]
+    """Compares what the files hold with what the model needs: names of the whole model, shapes and
+    dtypes of `specs`. Raises CheckpointError."""
+    names = [spec.name for spec in checkpoint.tensors(config)]
+    expected = set(names)
+    missing = [name for name in names if name not in index.files]
     if missing:
         raise CheckpointError(f"{index.source} lacks {missing[0]}{_and_others(missing)}")
     left_over = [
@@ -137,6 +145,7 @@ def _check_tensor(index: Index, spec: TensorSpec, fp8: bool) -> None:
 
 def _allocate(
     config: ModelConfig,
+    layout: Layout,
     index: Index,
     specs: list[TensorSpec],
     dtype: torch.dtype,
@@ -157,22 +166,26 @@ def _allocate(
 
     return {
         target: torch.empty(spec.shape, dtype=storage(target, spec), device=device)
-        for target, spec in checkpoint.targets(config).items()
+        for target, spec in checkpoint.targets(config, layout).items()
     }
 
 
 def _place(spec: TensorSpec, target: Tensor) -> Tensor:
     place = target if spec.expert is None else target[spec.expert]
-    return place[spec.row : spec.row + spec.shape[0]]
+    return place[spec.row : spec.row + len(spec.part[0])]
 
 
 def _fill(index: Index, spec: TensorSpec, target: Tensor) -> None:
-    """Copies one tensor in slices of rows, so that staging memory stays bounded."""
+    """Copies the rank's part of one tensor in slices of rows, so that staging memory stays
+    bounded."""
     view, place = index.slice(spec.name), _place(spec, target)
+    held, *others = spec.part
+    columns = tuple(slice(other.start, other.stop) for other in others)
     row_bytes = max(1, place[:1].nbytes)
     rows = max(1, STAGING_BYTES // row_bytes)
-    for start in range(0, spec.shape[0], rows):
-        place[start : start + rows].copy_(view[start : start + rows])
+    for start in range(0, len(held), rows):
+        wanted = held[start : start + rows]
+        place[start : start + rows].copy_(view[(slice(wanted.start, wanted.stop), *columns)])
 
 
 def _weight_map(path: Path) -> dict[str, Path]:
