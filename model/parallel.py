@@ -135,6 +135,15 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
             self._check_blocks(f"moe_intermediate_size over {ranks}", size // parts)
         return _part(size, parts, self.moe_tp_rank)
 
+    def local(self, config: ModelConfig) -> ModelConfig:
+        """`config` with the sizes that code for one rank must see to run this rank's attention,
+        MLPs, embedding and head. Expert groups and stages are more than sizes: not here."""
+        return msgspec.structs.replace(
+            config,
+            num_attention_heads=len(self.heads(config)),
+            vocab_size=len(self.vocabulary(config)),
+        )
+
     # ---- inside ----
 
     def _cut(self, what: str, size: int) -> range:
