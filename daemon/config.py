@@ -58,6 +58,8 @@ class ModelSection(_Section, frozen=True):
     """Whether activations are quantised 1x128 before fp8 weights; auto: on a GPU."""
     max_seq_len: NotNegative = 0
     """0: the checkpoint's max_position_embeddings."""
+    load_format: Literal["auto", "dummy"] = "auto"
+    """auto: the checkpoint's safetensors; dummy: random weights, for measurements."""
 
 
 class EngineConfig(_Section, frozen=True):

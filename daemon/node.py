@@ -297,6 +297,7 @@ class Node:
             block_size=engine.block_size,
             kv_cache_gb=engine.kv_cache_gb,
             kv_cache_free_gpu_memory_fraction=engine.kv_cache_free_gpu_memory_fraction,
+            load_format=model.load_format,
         )
 
     def _on_progress(self, progress: Progress) -> None:

@@ -50,6 +50,13 @@ FLAGS = (
         _choice("auto", "none", "fp8"),
         "Of activations, 1x128.",
     ),
+    Flag(
+        ("--load-format",),
+        "model",
+        "load_format",
+        _choice("auto", "dummy"),
+        "dummy: random weights.",
+    ),
     Flag(("--max-seq-len",), "model", "max_seq_len", int, "Longest prompt and answer together."),
     Flag(("--max-batch-size",), "engine", "max_batch_size", int, "Sequences that run at once."),
     Flag(("--max-num-tokens",), "engine", "max_num_tokens", int, "Tokens in one step."),
@@ -97,6 +104,7 @@ YAML_SECTIONS = {
     "print_iter_log": "engine",
     "enable_overlap_scheduler": "engine",
     "kv_cache_dtype": "engine",
+    "load_format": "model",
     "enable_attention_dp": "parallel",
 }
 """Keys of the guide's `--extra_llm_api_options` file, in `pytorch_backend_config` or beside it."""

@@ -174,6 +174,8 @@ class Load(msgspec.Struct, frozen=True, array_like=True, tag="load"):
     kv_cache_gb: float
     """Size of the KV cache in GB; 0: chosen from the free memory."""
     kv_cache_free_gpu_memory_fraction: float
+    load_format: str = "auto"
+    """"auto": the checkpoint's safetensors; "dummy": random weights, no file but config.json."""
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True, tag="progress"):

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from .config import FP8_BLOCK, ModelConfig
+from .parallel import WHOLE, Layout
 
 
 class TensorSpec(NamedTuple):
@@ -16,6 +17,9 @@ class TensorSpec(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
+    """In the checkpoint."""
+    part: tuple[range, ...]
+    """What of it the rank holds, a range for each dimension."""
     kind: str
     """"linear" (e4m3 where the checkpoint is), "scale" (its float32 scales), "plain", or
     "float32"."""
@@ -34,25 +38,31 @@ class TargetSpec(NamedTuple):
     kind: str
 
 
-def tensors(config: ModelConfig) -> Iterator[TensorSpec]:
-    """Every tensor that the checkpoint must hold, MTP layers left out."""
+def tensors(config: ModelConfig, layout: Layout = WHOLE) -> Iterator[TensorSpec]:
+    """Every tensor of the checkpoint of which the rank holds a part, MTP layers left out. Raises
+    CheckpointError for a layout that the sizes do not allow."""
     hidden, vocab = config.hidden_size, config.vocab_size
-    yield TensorSpec("model.embed_tokens.weight", (vocab, hidden), "plain", "embed")
-    for layer in range(config.num_hidden_layers):
-        yield from _layer(config, layer)
-    yield TensorSpec("model.norm.weight", (hidden,), "plain", "norm")
-    if not config.tie_word_embeddings:
-        yield TensorSpec("lm_head.weight", (vocab, hidden), "plain", "lm_head")
+    rows = layout.vocabulary(config)
+    has_head = layout.is_last_stage and not config.tie_word_embeddings
+    if layout.is_first_stage or (layout.is_last_stage and config.tie_word_embeddings):
+        yield _plain("model.embed_tokens.weight", (vocab, hidden), "embed", rows)
+    for layer in layout.layers(config):
+        yield from _layer(config, layout, layer)
+    if layout.is_last_stage:
+        yield _plain("model.norm.weight", (hidden,), "norm")
+    if has_head:
+        yield _plain("lm_head.weight", (vocab, hidden), "lm_head", rows)
 
 
-def targets(config: ModelConfig) -> dict[str, TargetSpec]:
-    """The tensors in memory that `tensors` fill, by name."""
+def targets(config: ModelConfig, layout: Layout = WHOLE) -> dict[str, TargetSpec]:
+    """The tensors in memory that `tensors` fill, by name. Names count layers as the checkpoint
+    does; experts and rows are the rank's own."""
     found: dict[str, TargetSpec] = {}
-    for spec in tensors(config):
-        rows = spec.row + spec.shape[0]
-        shape = (rows, *spec.shape[1:])
+    for spec in tensors(config, layout):
+        rows, *others = (len(held) for held in spec.part)
+        shape = (spec.row + rows, *others)
         if spec.expert is not None:
-            shape = (config.n_routed_experts, *shape)
+            shape = (len(layout.experts(config)), *shape)
         old = found.get(spec.target)
         if old is None or old.shape < shape:
             found[spec.target] = TargetSpec(shape, spec.kind)
@@ -78,70 +88,117 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(-(-size // FP8_BLOCK) for size in shape)
 
 
+def _plain(name: str, shape: tuple[int, ...], target: str, rows: range | None = None) -> TensorSpec:
+    whole = tuple(range(size) for size in shape)
+    return TensorSpec(name, shape, whole if rows is None else (rows, *whole[1:]), "plain", target)
+
+
 def _linear(
     config: ModelConfig,
     name: str,
     shape: tuple[int, int],
     target: str,
+    rows: range | None = None,
+    columns: range | None = None,
     expert: int | None = None,
     row: int = 0,
 ) -> Iterator[TensorSpec]:
-    yield TensorSpec(f"{name}.weight", shape, "linear", target, expert, row)
+    """A weight [N, K], of which the rank holds `rows` and `columns` (None: all)."""
+    part = (
+        range(shape[0]) if rows is None else rows,
+        range(shape[1]) if columns is None else columns,
+    )
+    yield TensorSpec(f"{name}.weight", shape, part, "linear", target, expert, row)
     if config.fp8:
-        scale = f"{target}.scale"
+        blocks = tuple(_blocks(held) for held in part)
         yield TensorSpec(
-            f"{name}.weight_scale_inv", scale_shape(shape), "scale", scale, expert, row // FP8_BLOCK
+            f"{name}.weight_scale_inv",
+            scale_shape(shape),
+            blocks,
+            "scale",
+            f"{target}.scale",
+            expert,
+            row // FP8_BLOCK,
         )
 
 
-def _layer(config: ModelConfig, layer: int) -> Iterator[TensorSpec]:
+def _blocks(held: range) -> range:
+    assert held.start % FP8_BLOCK == 0, held
+    return range(held.start // FP8_BLOCK, -(-held.stop // FP8_BLOCK))
+
+
+def _layer(config: ModelConfig, layout: Layout, layer: int) -> Iterator[TensorSpec]:
     name, target, hidden = f"model.layers.{layer}", f"layers.{layer}", config.hidden_size
     for norm in ("input_layernorm", "post_attention_layernorm"):
-        yield TensorSpec(f"{name}.{norm}.weight", (hidden,), "plain", f"{target}.{norm}")
-    yield from _attention(config, f"{name}.self_attn", f"{target}.attn")
+        yield _plain(f"{name}.{norm}.weight", (hidden,), f"{target}.{norm}")
+    yield from _attention(config, layout, f"{name}.self_attn", f"{target}.attn")
     if not config.is_moe(layer):
-        yield from _mlp(config, f"{name}.mlp", f"{target}.mlp", config.intermediate_size)
+        width, held = config.intermediate_size, layout.dense_width(config)
+        yield from _mlp(config, f"{name}.mlp", f"{target}.mlp", width, held)
         return
     experts, width = config.n_routed_experts, config.moe_intermediate_size
     gate = f"{name}.mlp.gate"
-    yield TensorSpec(f"{gate}.weight", (experts, hidden), "plain", f"{target}.gate")
+    yield _plain(f"{gate}.weight", (experts, hidden), f"{target}.gate")
     yield TensorSpec(
-        f"{gate}.e_score_correction_bias", (experts,), "float32", f"{target}.gate_bias"
+        f"{gate}.e_score_correction_bias",
+        (experts,),
+        (range(experts),),
+        "float32",
+        f"{target}.gate_bias",
     )
-    for expert in range(experts):
+    held = layout.expert_width(config)
+    for index, expert in enumerate(layout.experts(config)):
         source = f"{name}.mlp.experts.{expert}"
-        yield from _mlp(config, source, f"{target}.experts", width, expert)
-    if config.n_shared_experts:
+        yield from _mlp(config, source, f"{target}.experts", width, held, index)
+    if held := layout.shared_width(config):
         shared = width * config.n_shared_experts
-        yield from _mlp(config, f"{name}.mlp.shared_experts", f"{target}.shared", shared)
+        yield from _mlp(config, f"{name}.mlp.shared_experts", f"{target}.shared", shared, held)
 
 
-def _attention(config: ModelConfig, name: str, target: str) -> Iterator[TensorSpec]:
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    q_width = heads * config.qk_head_dim
+def _attention(config: ModelConfig, layout: Layout, name: str, target: str) -> Iterator[TensorSpec]:
+    hidden, count, held = config.hidden_size, config.num_attention_heads, layout.heads(config)
+
+    def slices(width: int) -> range:
+        return range(held.start * width, held.stop * width)
+
+    width = config.qk_head_dim
+    q_target, q_rows = f"{target}.q", slices(width)
     if config.q_lora_rank is None:
-        yield from _linear(config, f"{name}.q_proj", (q_width, hidden), f"{target}.q")
+        yield from _linear(config, f"{name}.q_proj", (count * width, hidden), q_target, q_rows)
     else:
         rank = config.q_lora_rank
         yield from _linear(config, f"{name}.q_a_proj", (rank, hidden), f"{target}.q_a")
-        yield TensorSpec(f"{name}.q_a_layernorm.weight", (rank,), "plain", f"{target}.q_a_norm")
-        yield from _linear(config, f"{name}.q_b_proj", (q_width, rank), f"{target}.q")
+        yield _plain(f"{name}.q_a_layernorm.weight", (rank,), f"{target}.q_a_norm")
+        yield from _linear(config, f"{name}.q_b_proj", (count * width, rank), q_target, q_rows)
     yield from _linear(
         config, f"{name}.kv_a_proj_with_mqa", (config.latent_dim, hidden), f"{target}.kv_a"
     )
     rank = config.kv_lora_rank
-    yield TensorSpec(f"{name}.kv_a_layernorm.weight", (rank,), "plain", f"{target}.kv_a_norm")
-    kv_width = heads * (config.qk_nope_head_dim + config.v_head_dim)
-    yield from _linear(config, f"{name}.kv_b_proj", (kv_width, rank), f"{target}.kv_b")
-    out_width = heads * config.v_head_dim
-    yield from _linear(config, f"{name}.o_proj", (hidden, out_width), f"{target}.o")
+    yield _plain(f"{name}.kv_a_layernorm.weight", (rank,), f"{target}.kv_a_norm")
+    width = config.qk_nope_head_dim + config.v_head_dim
+    yield from _linear(
+        config, f"{name}.kv_b_proj", (count * width, rank), f"{target}.kv_b", slices(width)
+    )
+    width = config.v_head_dim
+    yield from _linear(
+        config, f"{name}.o_proj", (hidden, count * width), f"{target}.o", columns=slices(width)
+    )
 
 
 def _mlp(
-    config: ModelConfig, name: str, target: str, width: int, expert: int | None = None
+    config: ModelConfig,
+    name: str,
+    target: str,
+    width: int,
+    held: range,
+    expert: int | None = None,
 ) -> Iterator[TensorSpec]:
-    hidden = config.hidden_size
+    """`held`: the rank's slice of `width`. Its gate rows come first, then its up rows."""
+    hidden, up_row = config.hidden_size, len(held)
     gate_up = f"{target}.gate_up"
-    yield from _linear(config, f"{name}.gate_proj", (width, hidden), gate_up, expert)
-    yield from _linear(config, f"{name}.up_proj", (width, hidden), gate_up, expert, row=width)
-    yield from _linear(config, f"{name}.down_proj", (hidden, width), f"{target}.down", expert)
+    shape = (width, hidden)
+    yield from _linear(config, f"{name}.gate_proj", shape, gate_up, held, None, expert)
+    yield from _linear(config, f"{name}.up_proj", shape, gate_up, held, None, expert, up_row)
+    yield from _linear(
+        config, f"{name}.down_proj", (hidden, width), f"{target}.down", None, held, expert
+    )

@@ -1,9 +1,11 @@
 """Reads a safetensors checkpoint into memory, checked before a byte of it is taken.
 
 Three passes: `Index.read` maps names to files; `check` compares names, shapes and dtypes with
-`checkpoint.tensors`; `load` allocates the targets and fills them from several threads.
+`checkpoint.tensors`; `load` allocates the targets and fills them from several threads. `dummy`
+makes the same targets of random numbers, without any file.
 """
 
+import hashlib
 import os
 import threading
 from collections.abc import Callable
@@ -20,11 +22,16 @@ from torch import Tensor
 from . import checkpoint
 from .checkpoint import TargetSpec, TensorSpec
 from .config import CheckpointError, ModelConfig
+from .parallel import WHOLE, Layout
 
 NUM_THREADS = 4
 STAGING_BYTES = 256 * 1024 * 1024
 """Each thread reads at most so much of a tensor at once."""
 FLOATS = {"F32", "BF16", "F16"}
+STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""config.json's name of a dtype -> safetensors'."""
+DUMMY_SLAB = 1 << 24
+"""Random float32 numbers that exist at once beside the weights that they become."""
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 
 Progress = Callable[[int, int], None]
@@ -76,9 +83,14 @@ class Index:
 
 
 def load(
-    config: ModelConfig, model_dir: Path, dtype: torch.dtype, device: torch.device, report: Progress
+    config: ModelConfig,
+    model_dir: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    report: Progress,
+    layout: Layout = WHOLE,
 ) -> dict[str, Tensor]:
-    """The weights of `model_dir` by the target names of `checkpoint.targets`.
+    """The rank's part of the weights of `model_dir`, by the target names of `checkpoint.targets`.
 
     fp8 weights stay e4m3 with float32 scales. Others keep their dtype, except that float32 ones are
     rounded to `dtype` if that is narrower. Raises CheckpointError before memory is taken for
@@ -86,9 +98,9 @@ def load(
     """
     with ExitStack() as stack:
         index = Index.read(model_dir, stack)
-        specs = list(checkpoint.tensors(config))
+        specs = list(checkpoint.tensors(config, layout))
         check(config, index, specs)
-        weights = _allocate(config, index, specs, dtype, device)
+        weights = _allocate(config, layout, index, specs, dtype, device)
         total = sum(weight.nbytes for weight in weights.values())
         done, lock = [0], threading.Lock()
 
@@ -105,9 +117,11 @@ def load(
 
 
 def check(config: ModelConfig, index: Index, specs: list[TensorSpec]) -> None:
-    """Compares what the files hold with what the model needs. Raises CheckpointError."""
-    expected = {spec.name for spec in specs}
-    missing = [spec.name for spec in specs if spec.name not in index.files]
+    """Compares what the files hold with what the model needs: names of the whole model, shapes and
+    dtypes of `specs`. Raises CheckpointError."""
+    names = [spec.name for spec in checkpoint.tensors(config)]
+    expected = set(names)
+    missing = [name for name in names if name not in index.files]
     if missing:
         raise CheckpointError(f"{index.source} lacks {missing[0]}{_and_others(missing)}")
     left_over = [
@@ -137,42 +151,94 @@ def _check_tensor(index: Index, spec: TensorSpec, fp8: bool) -> None:
 
 def _allocate(
     config: ModelConfig,
+    layout: Layout,
     index: Index,
     specs: list[TensorSpec],
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, Tensor]:
+    first = {spec.target: spec for spec in reversed(specs)}
+    weights = {}
+    for target, spec in checkpoint.targets(config, layout).items():
+        stored = index.slice(first[target].name).get_dtype()
+        weights[target] = _empty(spec, stored, dtype, device)
+    return weights
+
+
+def _empty(spec: TargetSpec, stored: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for a target whose parts are `stored` in this safetensors dtype."""
     # float16 is served in bfloat16, but float32 activations get all of its bits.
     half = torch.float16 if dtype == torch.float32 else torch.bfloat16
     names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": half}
-    first = {spec.target: spec for spec in reversed(specs)}
-
-    def storage(target: str, spec: TargetSpec) -> torch.dtype:
-        if spec.kind in ("scale", "float32"):
-            return torch.float32
-        stored = index.slice(first[target].name).get_dtype()
-        if stored == "F8_E4M3":
-            return torch.float8_e4m3fn
-        return dtype if names[stored].itemsize > dtype.itemsize else names[stored]
-
-    return {
-        target: torch.empty(spec.shape, dtype=storage(target, spec), device=device)
-        for target, spec in checkpoint.targets(config).items()
-    }
+    if spec.kind in ("scale", "float32"):
+        held = torch.float32
+    elif stored == "F8_E4M3":
+        held = torch.float8_e4m3fn
+    else:
+        held = dtype if names[stored].itemsize > dtype.itemsize else names[stored]
+    return torch.empty(spec.shape, dtype=held, device=device)
 
 
 def _place(spec: TensorSpec, target: Tensor) -> Tensor:
     place = target if spec.expert is None else target[spec.expert]
-    return place[spec.row : spec.row + spec.shape[0]]
+    return place[spec.row : spec.row + len(spec.part[0])]
 
 
 def _fill(index: Index, spec: TensorSpec, target: Tensor) -> None:
-    """Copies one tensor in slices of rows, so that staging memory stays bounded."""
+    """Copies the rank's part of one tensor in slices of rows, so that staging memory stays
+    bounded."""
     view, place = index.slice(spec.name), _place(spec, target)
+    held, *others = spec.part
+    columns = tuple(slice(other.start, other.stop) for other in others)
     row_bytes = max(1, place[:1].nbytes)
     rows = max(1, STAGING_BYTES // row_bytes)
-    for start in range(0, spec.shape[0], rows):
-        place[start : start + rows].copy_(view[start : start + rows])
+    for start in range(0, len(held), rows):
+        wanted = held[start : start + rows]
+        place[start : start + rows].copy_(view[(slice(wanted.start, wanted.stop), *columns)])
+
+
+def dummy(
+    config: ModelConfig, layout: Layout, dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> dict[str, Tensor]:
+    """What `load` gives, of random numbers made on the device; for measurements.
+
+    Activations keep their size, and the gate spreads tokens over all experts: e4m3 weights are
+    N(0, 1) with scales 1 / sqrt(K), others N(0, 1 / K), the embedding N(0, 1), norms 1, the gate's
+    bias 0. Values follow from the seed and from what is held, so on one kind of GPU all ranks have
+    the same of what each of them holds.
+    """
+    generator = torch.Generator(device)
+    first = {spec.target: spec for spec in reversed(list(checkpoint.tensors(config, layout)))}
+    weights = {}
+    for target, spec in checkpoint.targets(config, layout).items():
+        is_fp8 = config.fp8 and spec.kind == "linear"
+        weight = _empty(spec, "F8_E4M3" if is_fp8 else STORED[config.dtype], dtype, device)
+        source = first[target.removesuffix(".scale")]
+        shrink = source.shape[-1] ** -0.5
+        if spec.kind == "float32":
+            weight.zero_()
+        elif spec.kind == "scale":
+            weight.fill_(shrink)
+        elif len(spec.shape) == 1:
+            weight.fill_(1.0)
+        else:
+            generator.manual_seed(_dummy_seed(seed, source))
+            _fill_normal(weight, 1.0 if is_fp8 or target == "embed" else shrink, generator)
+        weights[target] = weight
+    return weights
+
+
+def _dummy_seed(seed: int, source: TensorSpec) -> int:
+    text = f"{seed} {source.name} {[held.start for held in source.part]}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
+
+
+def _fill_normal(weight: Tensor, std: float, generator: torch.Generator) -> None:
+    flat = weight.view(-1)
+    size = min(DUMMY_SLAB, flat.numel())
+    noise = torch.empty(size, dtype=torch.float32, device=weight.device)
+    for part in flat.split(size):
+        part.copy_(noise[: part.numel()].normal_(0.0, std, generator=generator))
 
 
 def _weight_map(path: Path) -> dict[str, Path]:

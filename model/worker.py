@@ -33,6 +33,7 @@ from ..ipc.messages import (
 from . import kv_cache, loader
 from .config import CheckpointError, ModelConfig
 from .deepseek import DeepseekV3
+from .parallel import WHOLE, Layout
 from .rows import Rows
 from .runner import Runner
 
@@ -89,8 +90,12 @@ def serve(channel: Channel, runner: Runner) -> None:
         channel.send(runner.run(message))
 
 
-def build(load: Load, report: "Reporter") -> tuple[Runner, Ready]:
-    """Everything between Load and Ready. Raises CheckpointError."""
+def build(load: Load, report: "Reporter", layout: Layout = WHOLE) -> tuple[Runner, Ready]:
+    """Everything between Load and Ready. Raises CheckpointError.
+
+    A share of a TP layout runs alone, without its exchanges: for measurements.
+    """
+    assert (layout.ep_size, layout.pp_size) == (1, 1), f"{layout=}: the layers know TP shares only"
     model_dir = Path(load.model_dir)
     config = ModelConfig.load(model_dir)
     device = _device(load.device)
@@ -103,7 +108,11 @@ def build(load: Load, report: "Reporter") -> tuple[Runner, Ready]:
         )
     max_batch_size, max_num_tokens = _batch_limits(load, device)
     act_quant = load.act_quant == "fp8" or (load.act_quant == "auto" and device.type == "cuda")
-    weights = loader.load(config, model_dir, dtype, device, report.bytes_done)
+    if load.load_format == "dummy":
+        weights = loader.dummy(config, layout, dtype, device)
+    else:
+        weights = loader.load(config, model_dir, dtype, device, report.bytes_done, layout)
+    config = layout.local(config)
     report.stage("building")
     model = DeepseekV3(config, weights, dtype, max_seq_len, act_quant)
     num_blocks = kv_cache.choose_num_blocks(
@@ -130,7 +139,7 @@ def build(load: Load, report: "Reporter") -> tuple[Runner, Ready]:
         block_size=load.block_size,
         num_parameters=sum(w.numel() for n, w in weights.items() if not n.endswith(".scale")),
         weight_bytes=sum(weight.nbytes for weight in weights.values()),
-        notes=_notes(config, act_quant, device),
+        notes=_notes(config, load, act_quant, device),
     )
     return Runner(model, cache, rows), ready
 
@@ -174,8 +183,12 @@ def _batch_limits(load: Load, device: torch.device) -> tuple[int, int]:
     return batch_size, load.max_num_tokens or max(num_tokens, batch_size)
 
 
-def _notes(config: ModelConfig, act_quant: bool, device: torch.device) -> tuple[str, ...]:
+def _notes(
+    config: ModelConfig, load: Load, act_quant: bool, device: torch.device
+) -> tuple[str, ...]:
     notes = []
+    if load.load_format == "dummy":
+        notes.append("load_format is dummy: the weights are random, and so are the answers")
     if config.fp8:
         notes.append(
             "activations are quantised 1x128 and multiplied in fp8"

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from ..daemon.request import Request
 from ..daemon.scheduler import Scheduler
 from ..ipc.messages import Load, LogprobEntry, Sampling
+from ..model.parallel import WHOLE, Layout
 from ..model.worker import Reporter, build
 
 GREEDY = Sampling(temperature=0.0)
@@ -30,7 +31,10 @@ class LocalEngine:
         act_quant: str = "auto",
         max_batch_size: int = 64,
         max_num_tokens: int = 1024,
+        max_seq_len: int = 0,
         kv_cache_gb: float = 0.5,
+        load_format: str = "auto",
+        layout: Layout = WHOLE,
     ) -> None:
         load = Load(
             epoch=0,
@@ -40,12 +44,13 @@ class LocalEngine:
             act_quant=act_quant,
             max_batch_size=max_batch_size,
             max_num_tokens=max_num_tokens,
-            max_seq_len=0,
+            max_seq_len=max_seq_len,
             block_size=64,
             kv_cache_gb=kv_cache_gb,
             kv_cache_free_gpu_memory_fraction=0.9,
+            load_format=load_format,
         )
-        self.runner, self.ready = build(load, Reporter(None, 0))
+        self.runner, self.ready = build(load, Reporter(None, 0), layout)
         self.num_steps = 0
 
     def generate(
