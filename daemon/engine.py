@@ -94,7 +94,7 @@ class Engine:
         self.ready: Ready | None = None
         """The worker's, while it lives."""
         self._pipeline_depth = 2 if config.enable_overlap_scheduler else 1
-        self._graph_batch_sizes = config.cuda_graph_batch_sizes
+        self._pads_batches = config.cuda_graph_padding_enabled
         self._send = send
         self._hash_key = secrets.token_bytes(16)
         self._scheduler: Scheduler | None = None
@@ -244,7 +244,7 @@ class Engine:
             pipeline_depth=self._pipeline_depth,
             epoch=ready.epoch,
             hash_key=self._hash_key,
-            graph_batch_sizes=self._graph_batch_sizes,
+            graph_batch_sizes=ready.graph_batch_sizes if self._pads_batches else (),
         )
 
     def _on_lost(self, lost: _WorkerLost) -> None:

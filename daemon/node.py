@@ -298,6 +298,8 @@ class Node:
             kv_cache_gb=engine.kv_cache_gb,
             kv_cache_free_gpu_memory_fraction=engine.kv_cache_free_gpu_memory_fraction,
             load_format=model.load_format,
+            use_cuda_graph=engine.use_cuda_graph,
+            cuda_graph_batch_sizes=engine.cuda_graph_batch_sizes,
         )
 
     def _on_progress(self, progress: Progress) -> None:

@@ -14,12 +14,15 @@ def describe_progress(progress: Progress) -> str:
     """One line for a person, and for systemd's STATUS."""
     if not progress.total:
         return f"{progress.stage} the model"
-    percent = 100 * progress.done // progress.total
-    return f"{progress.stage} weights: {percent} % of {progress.total / 1e9:.2f} GB"
+    if progress.stage == "loading":
+        percent = 100 * progress.done // progress.total
+        return f"loading weights: {percent} % of {progress.total / 1e9:.2f} GB"
+    what = {"compiling": "kernels, pass", "capturing": "CUDA graphs,"}[progress.stage]
+    return f"{progress.stage} {what} {progress.done} of {progress.total}"
 
 
 def is_news(old: Progress | None, new: Progress) -> bool:
-    """Whether a log should have a line for it: a new stage, or another quarter of the bytes."""
+    """Whether a log should have a line for it: a new stage, or another quarter of it."""
     if old is None or old.stage != new.stage or not new.total:
         return True
     return 4 * old.done // new.total != 4 * new.done // new.total

@@ -90,6 +90,10 @@ class BlockingChannel(Generic[In, Out]):
     def send(self, message: Out) -> None:
         self._socket.send(self._codec.encode(message))
 
+    def has_message(self) -> bool:
+        """Whether `receive` would return at once."""
+        return bool(self._socket.poll(0))
+
     def receive(self) -> In:
         """The next message; blocks. Raises ChannelError for one that breaks the protocol."""
         return self._codec.decode(self._socket.recv_multipart())

@@ -176,6 +176,11 @@ class Load(msgspec.Struct, frozen=True, array_like=True, tag="load"):
     kv_cache_free_gpu_memory_fraction: float
     load_format: str = "auto"
     """"auto": the checkpoint's safetensors; "dummy": random weights, no file but config.json."""
+    use_cuda_graph: bool = True
+    cuda_graph_batch_sizes: tuple[int, ...] = ()
+    """Empty: chosen here."""
+    kv_cache_dtype: str = "auto"
+    """"auto": as the checkpoint says, else the activations'; "fp8"."""
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True, tag="progress"):
@@ -183,9 +188,10 @@ class Progress(msgspec.Struct, frozen=True, array_like=True, tag="progress"):
 
     epoch: int
     stage: str
+    """"loading", "building", "compiling" (passes that try every kernel) or "capturing" (graphs)."""
     done: int
     total: int
-    """Bytes while loading weights."""
+    """Bytes while loading weights; 0: nothing to count."""
 
 
 class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
@@ -205,6 +211,8 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     weight_bytes: int
     notes: tuple[str, ...] = ()
     """What was chosen and why, a sentence each."""
+    graph_batch_sizes: tuple[int, ...] = ()
+    """Sizes of decode steps that `Step.padded_size` may name for a captured graph."""
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):

@@ -190,7 +190,11 @@ def count_tokens(token_ids: Tensor, num_prompt_tokens: int, counts: Tensor) -> N
     """Fills a row of `Adjustments.counts`: [V] int32. token_ids: [prompt + generated] int64."""
     if not runs_kernels(counts):
         counts.zero_()
-        counts.index_add_(0, token_ids[num_prompt_tokens:].long(), torch.ones(len(token_ids) - num_prompt_tokens, dtype=int32))
+        counts.index_add_(
+            0,
+            token_ids[num_prompt_tokens:].long(),
+            torch.ones(len(token_ids) - num_prompt_tokens, dtype=int32),
+        )
         counts[token_ids[:num_prompt_tokens].long()] |= IN_PROMPT
         return
     assert counts.dtype == int32 and counts.is_contiguous() and token_ids.is_contiguous()
@@ -473,7 +477,9 @@ class SamplingState:
     seed: Tensor
 
 
-def sample_and_append(logits: Tensor, rows: Tensor, state: SamplingState, token_ids: Tensor) -> Tensor:
+def sample_and_append(
+    logits: Tensor, rows: Tensor, state: SamplingState, token_ids: Tensor
+) -> Tensor:
     found = []
     for line, row in enumerate(rows.tolist()):
         if row == len(state.num_tokens) - 1:
@@ -493,8 +499,18 @@ def sample_and_append(logits: Tensor, rows: Tensor, state: SamplingState, token_
         t = float(state.temperature[row])
         if t > 0:
             x = x / t
-            x = filter_logits(x[None], state.top_k[row : row + 1].long(), state.top_p[row : row + 1], state.min_p[row : row + 1])[0]
-            x = x + gumbel_noise(state.seed[row : row + 1], state.num_tokens[row : row + 1].long(), len(x))[0]
+            x = filter_logits(
+                x[None],
+                state.top_k[row : row + 1].long(),
+                state.top_p[row : row + 1],
+                state.min_p[row : row + 1],
+            )[0]
+            x = (
+                x
+                + gumbel_noise(
+                    state.seed[row : row + 1], state.num_tokens[row : row + 1].long(), len(x)
+                )[0]
+            )
         token = int(x.argmax())
         token_ids[row, n] = token
         state.num_tokens[row] += 1

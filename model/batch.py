@@ -21,8 +21,8 @@ class PrefillSlice:
 
 @dataclass(frozen=True)
 class Context:
-    """Cached tokens of the prefill slices that are attended to at once, so that the memory of a long
-    prefix is bounded. Slice i has keys cu_seqlens[i] ... cu_seqlens[i + 1] - 1 of them."""
+    """Cached tokens of the prefill slices that are attended to at once, so that the memory of a
+    long prefix is bounded. Slice i has keys cu_seqlens[i] ... cu_seqlens[i + 1] - 1 of them."""
 
     pieces: tuple[tuple[int, int, int], ...]
     """(prefill slice, first cached token, behind the last), in the order of the slices."""

@@ -1,8 +1,8 @@
 """CUDA graphs of the decode step: captured once for a list of sizes, replayed with padding.
 
-A step of n rows replays the smallest graph of at least n lines; the lines behind are the null
-row's. All graphs share one memory pool, and are captured from the largest down, so that together
-they take what the largest takes.
+A step of n rows replays a graph of at least n lines; the lines behind are the null row's. All
+graphs share one memory pool, and are captured from the largest down, so that together they take
+what the largest takes.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,11 +19,10 @@ class DecodeGraphs:
         self._decode = decode
         self._device = device
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Sampled]] = {}
-        self._sizes: list[int] = []
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        return tuple(self._sizes)
+        return tuple(sorted(self._graphs))
 
     @torch.inference_mode()
     def capture(self, sizes: Sequence[int], report: Callable[[int, int], None]) -> None:
@@ -41,27 +40,24 @@ class DecodeGraphs:
             with torch.cuda.graph(graph, pool=pool, stream=stream):
                 sampled = self._decode(size)
             self._graphs[size] = graph, sampled
-        self._sizes = sorted(self._graphs)
 
     def drop(self) -> None:
         """Gives the graphs' memory back."""
         self._graphs.clear()
-        self._sizes = []
 
-    def run(self, num_lines: int) -> Sampled:
-        """The next token of the first `num_lines` rows of the batch. What it returns is overwritten
-        by the next run."""
-        size = next((size for size in self._sizes if size >= num_lines), None)
-        if size is None:
+    def run(self, num_lines: int, padded_size: int) -> Sampled:
+        """The next token of the first `num_lines` rows of the batch: by the graph of that size, if
+        there is one. What it returns is overwritten by the next run."""
+        if padded_size not in self._graphs:
             return self._decode(num_lines)
-        graph, sampled = self._graphs[size]
+        graph, sampled = self._graphs[padded_size]
         graph.replay()
         return sampled.first(num_lines)
 
 
 def default_sizes(max_batch_size: int) -> list[int]:
-    """Sizes up to `max_batch_size` such that of the lines of a step at most a tenth are padding; and
-    the powers of two, which people like."""
+    """Sizes up to `max_batch_size` such that at most a tenth of a step's lines are padding; and the
+    powers of two, which people like."""
     sizes = {1 << i for i in range(max_batch_size.bit_length()) if 1 << i < max_batch_size}
     size = 0
     while size < max_batch_size:

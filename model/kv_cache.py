@@ -35,24 +35,11 @@ def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int
     return config.num_hidden_layers * block_size * config.latent_dim * dtype.itemsize
 
 
-def choose_num_blocks(
-    config: ModelConfig,
-    block_size: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    max_batch_size: int,
-    max_seq_len: int,
-    kv_cache_gb: float,
-    free_fraction: float,
-) -> int:
-    """How many blocks to hold, the null block included: what the named size or the free memory
-    gives, but no more than a full batch of full sequences needs."""
-    per_block = block_bytes(config, block_size, dtype)
-    if kv_cache_gb > 0:
-        budget = kv_cache_gb * 1e9
-    elif device.type == "cuda":
-        budget = torch.cuda.mem_get_info(device)[0] * free_fraction
-    else:
-        budget = psutil.virtual_memory().available * CPU_SHARE
-    useful = 1 + max_batch_size * -(-max_seq_len // block_size)
-    return max(2, min(int(budget // per_block), useful))
+def cpu_budget() -> int:
+    """Bytes of a CPU's memory to hold, where nobody named a size."""
+    return int(psutil.virtual_memory().available * CPU_SHARE)
+
+
+def useful_blocks(max_batch_size: int, max_seq_len: int, block_size: int) -> int:
+    """What a full batch of full sequences needs, the null block included."""
+    return 1 + max_batch_size * -(-max_seq_len // block_size)

@@ -43,7 +43,7 @@ class MLA:
         self.w_uk, self.w_uv = self._split_kv_b(arithmetic.dtype)
 
     def _split_kv_b(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """kv_b's rows by head: W_UK [H, nope, R] and W_UV^T [H, R, v], in the activations' dtype."""
+        """kv_b's rows by head: W_UK [H, nope, R], W_UV^T [H, R, v], in the activations' dtype."""
         weight = self.kv_b.weight
         if self.kv_b.scale is None:
             weight = weight.to(dtype)
@@ -62,9 +62,7 @@ class MLA:
         q = torch.empty(
             batch.num_decodes, self.heads, config.latent_dim, dtype=self.w_uk.dtype, device="meta"
         )
-        return mla.decode_schedule(
-            q, cache, batch.block_table, batch.seq_lens, config.kv_lora_rank
-        )
+        return mla.decode_schedule(q, cache, batch.block_table, batch.seq_lens, config.kv_lora_rank)
 
     def __call__(
         self,
@@ -76,8 +74,10 @@ class MLA:
         """x: [T, hidden], cache: this layer's -> [T, hidden]."""
         config, inputs, num_decodes = self.config, batch.inputs, batch.num_decodes
         parts = [down(x) for down in self.down]
-        q_in, kv_a = parts if len(parts) == 2 else parts[0].split(
-            [parts[0].shape[1] - config.latent_dim, config.latent_dim], dim=1
+        q_in, kv_a = (
+            parts
+            if len(parts) == 2
+            else parts[0].split([parts[0].shape[1] - config.latent_dim, config.latent_dim], dim=1)
         )
         q = q_in if self.q_a_norm is None else self.q(self.q_a_norm(q_in))
         q = q.view(-1, self.heads, config.qk_head_dim)
@@ -123,8 +123,8 @@ class MLA:
         prefills: Prefills,
         cache: Tensor,
     ) -> Tensor:
-        """Plain, over the slices themselves and then over what is cached before them. q: [T, H, D] of
-        tokens `first` ... of the batch; rotated in place."""
+        """Plain, over the slices themselves and then over what is cached before them. q: [T, H, D]
+        of tokens `first` ... of the batch; rotated in place."""
         config, bounds = self.config, prefills.cu_seqlens
         q_pe = q[..., config.qk_nope_head_dim :]
         fused.apply_rope(q_pe, inputs.cos[first:], inputs.sin[first:], out=q_pe)

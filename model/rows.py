@@ -14,7 +14,6 @@ to the device and one kernel: `Delta`. The last row is the null row, whose lines
 graph; it never changes.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -130,11 +129,7 @@ class Rows:
         self._num_joined: list[int] = [0] * num_rows
         """Tokens that the row's Join brought."""
         self._num_blocks: list[int] = [0] * num_rows
-        delta = Delta()
-        self._put_sampling(delta, self.null, Sampling(temperature=0.0), 0)
-        self._put(delta, "num_tokens", self.null, 1)
-        self.put_batch(delta, np.zeros(0, np.int32))
-        delta.send(self.words)
+        self.reset_null()
 
     def _make_views(self, vocab_size: int, block_size: int) -> None:
         view = {name: field.view(self.words) for name, field in self._fields.items()}
@@ -153,6 +148,15 @@ class Rows:
             **{name: view[name].view(torch.float32) for name in (*FLOATS, "bias")},
             **{name: view[name] for name in whole},
         )
+
+    def reset_null(self) -> None:
+        """The null row as nothing but a rehearsal changes it, and nobody decodes."""
+        delta = Delta()
+        self._put_sampling(delta, self.null, Sampling(temperature=0.0), 0)
+        self._put(delta, "num_tokens", self.null, 1)
+        self._put(delta, "num_computed", self.null, 0)
+        self.put_batch(delta, np.zeros(0, np.int32))
+        delta.send(self.words)
 
     def join(self, delta: Delta, join: Join) -> None:
         """Creates the row, over whatever was there. `count` follows once the delta is sent."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..ipc.messages import LogprobEntry, Step, StepOutput
+from ..ipc.messages import Step, StepOutput
 from ..kernels import step as kernels
 from . import sampler
 from .batch import ForwardBatch, Sampled
@@ -84,7 +84,7 @@ class Runner:
         hidden = None
         sampled: Sampled | None
         if plan is None:
-            sampled = self.graphs.run(len(self._decodes))
+            sampled = self.graphs.run(len(self._decodes), step.padded_size)
         else:
             hidden, sampled = self._mixed(plan, carried)
         return self._finish(step, plan, hidden, sampled, times)

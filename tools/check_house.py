@@ -18,7 +18,9 @@ MAY_IMPORT = {
     "tools": set(FOLDERS),
 }
 """Folders of ours that a folder may import, itself aside."""
-IPC_IN_MODEL = {"worker.py", "runner.py", "rows.py", "sampler.py"}
+IPC_IN_MODEL = {
+    "worker.py", "build.py", "runner.py", "rehearsal.py", "chunks.py", "rows.py", "sampler.py",
+}  # fmt: skip
 """Only the files between the wire and the model know the messages; layers do not."""
 CHANNEL_IN_MODEL = {"worker.py"}
 """Only the process main opens sockets."""

@@ -7,8 +7,8 @@ from typing import NamedTuple
 from ..daemon.request import Request
 from ..daemon.scheduler import Scheduler
 from ..ipc.messages import Load, LogprobEntry, Sampling
+from ..model.build import build
 from ..model.parallel import WHOLE, Layout
-from ..model.worker import Reporter, build
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -50,7 +50,7 @@ class LocalEngine:
             kv_cache_free_gpu_memory_fraction=0.9,
             load_format=load_format,
         )
-        self.runner, self.ready = build(load, Reporter(None, 0), layout)
+        self.runner, self.ready = build(load, lambda stage, done, total: None, layout)
         self.num_steps = 0
 
     def generate(

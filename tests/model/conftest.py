@@ -33,7 +33,8 @@ from dsd.ipc.messages import (
     ToWorker,
     pack_int32,
 )
-from dsd.model import kv_cache, worker
+from dsd.model import kv_cache
+from dsd.model.build import build
 from dsd.model.config import ModelConfig
 from dsd.model.runner import Runner
 
@@ -279,7 +280,7 @@ def open_runner() -> OpenRunner:
             kv_cache_gb=kv_cache_gb if num_blocks else 0.05,
             kv_cache_free_gpu_memory_fraction=0.9,
         )
-        runner, ready = worker.build(load, worker.Reporter(None, 0))
+        runner, ready = build(load, lambda stage, done, total: None)
         assert not num_blocks or ready.num_blocks == num_blocks
         for layer in runner.cache.layers:
             layer.fill_(float("nan"))

@@ -1,0 +1,185 @@
+"""Everything between Load and Ready: from a checkpoint to a runner that takes steps."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ..ipc.messages import Load, Ready
+from . import graphs, kv_cache, loader, memory
+from .config import CheckpointError, ModelConfig
+from .deepseek import DeepseekV3
+from .kv_cache import KVCache
+from .parallel import WHOLE, Layout
+from .rehearsal import Rehearsal
+from .rows import Rows
+from .runner import Runner
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.bfloat16}
+
+Report = Callable[[str, int, int], None]
+"""Stage, how much of it is done, of how much."""
+
+
+class Limits(NamedTuple):
+    """What steps may ask for."""
+
+    max_batch_size: int
+    max_num_tokens: int
+    max_seq_len: int
+
+
+def build(load: Load, report: Report, layout: Layout = WHOLE) -> tuple[Runner, Ready]:
+    """Loads, measures, takes memory, captures. Raises CheckpointError.
+
+    A share of a TP layout runs alone, without its exchanges: for measurements.
+    """
+    assert (layout.ep_size, layout.pp_size) == (1, 1), f"{layout=}: the layers know TP shares only"
+    model_dir = Path(load.model_dir)
+    config = ModelConfig.load(model_dir)
+    device = _device(load.device)
+    dtype = DTYPES[config.dtype if load.dtype == "auto" else load.dtype]
+    limits = _limits(load, config, device)
+    act_quant = load.act_quant == "fp8" or (load.act_quant == "auto" and device.type == "cuda")
+    if load.load_format == "dummy":
+        weights = loader.dummy(config, layout, dtype, device)
+    else:
+        done = lambda done, total: report("loading", done, total)  # noqa: E731
+        weights = loader.load(config, model_dir, dtype, device, done, layout)
+    config = layout.local(config)
+    report("building", 0, 0)
+    model = DeepseekV3(config, weights, dtype, limits.max_seq_len, act_quant)
+    num_parameters = sum(w.numel() for n, w in weights.items() if not n.endswith(".scale"))
+    weight_bytes = sum(weight.nbytes for weight in weights.values())
+    del weights  # the model holds what it needs
+    rows = Rows(
+        limits.max_batch_size, limits.max_seq_len, load.block_size, config.vocab_size, device
+    )
+    notes = _notes(config, load, act_quant, device)
+    if device.type == "cuda":
+        runner = _build_on_gpu(load, model, rows, limits, report, notes)
+    else:
+        budget = load.kv_cache_gb * 1e9 or kv_cache.cpu_budget()
+        runner = Runner(model, _cache(load, model, limits, int(budget), device), rows)
+    ready = Ready(
+        epoch=load.epoch,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        vocab_size=config.vocab_size,
+        max_batch_size=limits.max_batch_size,
+        max_num_tokens=limits.max_num_tokens,
+        max_seq_len=limits.max_seq_len,
+        num_blocks=runner.cache.num_blocks,
+        block_size=load.block_size,
+        num_parameters=num_parameters,
+        weight_bytes=weight_bytes,
+        notes=tuple(notes),
+        graph_batch_sizes=runner.graphs.sizes,
+    )
+    return runner, ready
+
+
+def _build_on_gpu(
+    load: Load,
+    model: DeepseekV3,
+    rows: Rows,
+    limits: Limits,
+    report: Report,
+    notes: list[str],
+) -> Runner:
+    """Rehearses on a KV cache of two blocks, takes what is left for the real one, captures; where
+    that leaves too little, once more with a smaller cache."""
+    device, started = rows.device, time.monotonic()
+    runner = Runner(model, KVCache(model.config, 2, load.block_size, model.dtype, device), rows)
+    rehearsal = Rehearsal(runner, limits.max_num_tokens, limits.max_seq_len)
+    rehearsal.all_sizes(lambda done, total: report("compiling", done, total))
+    sizes = _graph_sizes(load, limits.max_batch_size)
+    pass_bytes = memory.peak_of(device, rehearsal.largest_passes)
+    graph_bytes = memory.peak_of(device, rehearsal.largest_decode) if sizes else 0
+    graph_bytes += len(sizes) * len(model.layers) * memory.GRAPH_BYTES_PER_LAYER
+    budget = int(load.kv_cache_gb * 1e9) or memory.kv_budget(
+        device, pass_bytes + graph_bytes, load.kv_cache_free_gpu_memory_fraction
+    )
+    warmed = time.monotonic()
+    for _ in range(2):
+        runner.cache = _cache(load, model, limits, budget, device)
+        runner.graphs.capture(sizes, lambda done, total: report("capturing", done, total))
+        missing = memory.missing(device, pass_bytes)
+        if missing <= 0 or load.kv_cache_gb:
+            break
+        runner.graphs.drop()
+        runner.cache = KVCache(model.config, 2, load.block_size, model.dtype, device)
+        budget -= missing + memory.SPARE_BYTES
+    if missing > 0:
+        raise RuntimeError(
+            f"the largest steps need {pass_bytes / 1e9:.1f} GB beside weights and KV cache, "
+            f"{missing / 1e9:.1f} GB more than there are"
+        )
+    captured = time.monotonic()
+    notes.append(
+        f"the largest steps take {pass_bytes / 1e9:.2f} GB, seen in {warmed - started:.1f} s; "
+        f"{len(sizes)} CUDA graphs were captured in {captured - warmed:.1f} s"
+    )
+    return runner
+
+
+def _cache(
+    load: Load, model: DeepseekV3, limits: Limits, budget: int, device: torch.device
+) -> KVCache:
+    """What the budget gives, but no more than a full batch of full sequences needs."""
+    per_block = kv_cache.block_bytes(model.config, load.block_size, model.dtype)
+    useful = kv_cache.useful_blocks(limits.max_batch_size, limits.max_seq_len, load.block_size)
+    num_blocks = min(budget // per_block, useful)
+    if num_blocks < 2 and not load.kv_cache_gb:
+        raise RuntimeError(f"{budget / 1e9:.2f} GB are left for the KV cache")
+    num_blocks = max(2, num_blocks)
+    return KVCache(model.config, num_blocks, load.block_size, model.dtype, device)
+
+
+def _graph_sizes(load: Load, max_batch_size: int) -> list[int]:
+    if not load.use_cuda_graph:
+        return []
+    named = [size for size in load.cuda_graph_batch_sizes if size <= max_batch_size]
+    return sorted(named) or graphs.default_sizes(max_batch_size)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise CheckpointError("device cuda was asked for, but this machine has no usable GPU")
+    return torch.device(name)
+
+
+def _limits(load: Load, config: ModelConfig, device: torch.device) -> Limits:
+    """Chosen for the device where nobody named them."""
+    max_seq_len = load.max_seq_len or config.max_position_embeddings
+    if max_seq_len > config.max_position_embeddings:
+        raise CheckpointError(
+            f"max_seq_len {max_seq_len} is more than the checkpoint's max_position_embeddings "
+            f"{config.max_position_embeddings}"
+        )
+    batch_size, num_tokens = (256, 8192) if device.type == "cuda" else (32, 512)
+    batch_size = load.max_batch_size or min(batch_size, load.max_num_tokens or batch_size)
+    return Limits(batch_size, load.max_num_tokens or max(num_tokens, batch_size), max_seq_len)
+
+
+def _notes(config: ModelConfig, load: Load, act_quant: bool, device: torch.device) -> list[str]:
+    notes = []
+    if load.load_format == "dummy":
+        notes.append("load_format is dummy: the weights are random, and so are the answers")
+    if config.fp8:
+        notes.append(
+            "activations are quantised 1x128 and multiplied in fp8"
+            if act_quant
+            else "fp8 weights are dequantised as they are used"
+        )
+    if config.kv_cache_fp8:
+        notes.append("hf_quant_config.json asks for an fp8 KV cache; it is kept unquantised")
+    if config.num_nextn_predict_layers:
+        notes.append("the MTP layers of the checkpoint are not used by this version")
+    if device.type == "cpu":
+        notes.append(f"the model runs on {torch.get_num_threads()} CPU threads")
+    return notes

@@ -1,0 +1,62 @@
+"""Passes over the null row, before any request: the largest ones, to see what memory they take, and
+ones of many sizes, so that whatever a step may launch has been compiled.
+
+The null row's block table is the null block throughout: what these passes compute means nothing.
+"""
+
+from collections.abc import Callable
+
+from ..ipc.messages import Chunk, Sampling, Step
+from .chunks import CONTEXT_TOKENS
+from .runner import Runner
+
+MAX_LOGPROBS = 20
+"""Alternatives that a request may ask for with each token of its prompt."""
+
+
+class Rehearsal:
+    def __init__(self, runner: Runner, max_num_tokens: int, max_seq_len: int) -> None:
+        self._runner = runner
+        self._max_num_tokens = max_num_tokens
+        self._max_seq_len = max_seq_len
+        self._longest = min(max_num_tokens, max_seq_len)
+
+    def largest_passes(self) -> None:
+        """What takes the most memory: a prompt as long as a step allows, behind a cached prefix,
+        with log-probabilities; and as many prompts as there are rows."""
+        rows = self._runner.rows
+        rows.sampling[rows.null] = Sampling(num_prompt_logprobs=MAX_LOGPROBS, num_logprobs=0)
+        rows.num_prompt_tokens[rows.null] = self._max_seq_len
+        cached = min(CONTEXT_TOKENS, self._max_seq_len - self._longest)
+        whole, rest = divmod(self._max_num_tokens, self._longest)
+        lengths = [self._longest] * whole + [rest] * (rest > 0)
+        self._pass([(cached if n == self._longest else 0, n) for n in lengths])
+        rows.sampling[rows.null] = Sampling()
+        each = max(1, min(self._max_num_tokens // rows.null, self._max_seq_len))
+        self._pass([(0, each)] * min(rows.null, self._max_num_tokens // each))
+        rows.reset_null()
+
+    def largest_decode(self) -> None:
+        self._runner.decode(self._runner.rows.null)
+
+    def all_sizes(self, report: Callable[[int, int], None]) -> None:
+        """Chunks of every power of two, alone and behind a cached prefix; and what only some
+        requests ask for. `report`: how many passes are done, of how many."""
+        rows = self._runner.rows
+        sizes = [1 << i for i in range(self._longest.bit_length())]
+        for done, size in enumerate(sizes):
+            report(done, len(sizes))
+            cached = min(CONTEXT_TOKENS, self._max_seq_len - size, 1000)
+            self._pass([(0, size)])
+            self._pass([(cached, size)])
+        rows.sampling[rows.null] = Sampling(presence_penalty=1.0)
+        rows.count(rows.null)
+        rows.sampling[rows.null] = Sampling()
+        rows.reset_null()
+
+    def _pass(self, parts: list[tuple[int, int]]) -> None:
+        """Chunks of the null row: (first position, number of tokens) of each."""
+        null = self._runner.rows.null
+        chunks = tuple(Chunk(null, start, count, True) for start, count in parts)
+        step = Step(0, 0, "prefill", 0, (), (), b"", chunks)
+        self._runner.run(step)
