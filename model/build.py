@@ -36,7 +36,11 @@ def build(load: Load, report: Report, layout: Layout = WHOLE) -> tuple[Runner, R
 
     A share of a TP layout runs alone, without its exchanges: for measurements.
     """
-    assert (layout.ep_size, layout.pp_size) == (1, 1), f"{layout=}: the layers know TP shares only"
+    if (layout.ep_size, layout.pp_size) != (1, 1):
+        raise CheckpointError(
+            f"ep_size {layout.ep_size}, pp_size {layout.pp_size}: "
+            "this version computes shares of a TP layout only"
+        )
     model_dir = Path(load.model_dir)
     config = ModelConfig.load(model_dir)
     device = _device(load.device)

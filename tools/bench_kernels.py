@@ -67,8 +67,8 @@ def time_replays(graph: torch.cuda.CUDAGraph, replays: int) -> float:
     return start.elapsed_time(end) * 1000 / replays
 
 
-def ceilings() -> dict[str, float]:
-    """bytes/us of reading, and operations/us of matmuls: what this card does today."""
+def read_rate() -> float:
+    """Bytes/us of reading device memory: what this card does today."""
     words = torch.ones(READ_BYTES // 4, device="cuda", dtype=torch.int32)
     sms = torch.cuda.get_device_properties("cuda").multi_processor_count
     sums = torch.empty(8 * sms, device="cuda", dtype=torch.int32)
@@ -77,9 +77,14 @@ def ceilings() -> dict[str, float]:
     def read(i: int) -> None:
         read_kernel[(8 * sms,)](words, sums, blocks, BLOCK=READ_BLOCK, num_warps=8)
 
+    return READ_BYTES / min(time_graph(read, 1))
+
+
+def ceilings() -> dict[str, float]:
+    """bytes/us of reading, and operations/us of matmuls."""
+    found = {"bytes": read_rate()}
     a, b = (torch.randn(SQUARE, SQUARE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     operations = 2 * SQUARE**3
-    found = {"bytes": READ_BYTES / min(time_graph(read, 1))}
     found["bf16"] = operations / min(time_graph(lambda i: torch.mm(a, b), 1))
     if torch.cuda.get_device_capability() >= (8, 9):
         a, b = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()

@@ -1,5 +1,6 @@
 """Scheduler and runner in one process, without a daemon: for evaluations and tests of a model."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from ..daemon.scheduler import Scheduler
 from ..ipc.messages import Load, LogprobEntry, Sampling
 from ..model.build import build
 from ..model.parallel import WHOLE, Layout
+from ..model.runner import InFlight
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -34,6 +36,9 @@ class LocalEngine:
         max_seq_len: int = 0,
         kv_cache_gb: float = 0.5,
         load_format: str = "auto",
+        use_cuda_graph: bool = True,
+        cuda_graph_batch_sizes: tuple[int, ...] = (),
+        kv_cache_dtype: str = "auto",
         layout: Layout = WHOLE,
     ) -> None:
         load = Load(
@@ -49,9 +54,25 @@ class LocalEngine:
             kv_cache_gb=kv_cache_gb,
             kv_cache_free_gpu_memory_fraction=0.9,
             load_format=load_format,
+            use_cuda_graph=use_cuda_graph,
+            cuda_graph_batch_sizes=cuda_graph_batch_sizes,
+            kv_cache_dtype=kv_cache_dtype,
         )
         self.runner, self.ready = build(load, lambda stage, done, total: None, layout)
         self.num_steps = 0
+
+    def scheduler(self) -> Scheduler:
+        """A scheduler for the runner, with two steps in flight."""
+        ready = self.ready
+        return Scheduler(
+            max_batch_size=ready.max_batch_size,
+            max_num_tokens=ready.max_num_tokens,
+            max_seq_len=ready.max_seq_len,
+            num_blocks=ready.num_blocks,
+            block_size=ready.block_size,
+            pipeline_depth=2,
+            graph_batch_sizes=ready.graph_batch_sizes,
+        )
 
     def generate(
         self,
@@ -62,15 +83,7 @@ class LocalEngine:
         progress: Callable[[int], None] = lambda finished: None,
     ) -> list[Answer]:
         """One answer for each prompt."""
-        ready = self.ready
-        scheduler = Scheduler(
-            ready.max_batch_size,
-            ready.max_num_tokens,
-            ready.max_seq_len,
-            ready.num_blocks,
-            ready.block_size,
-            pipeline_depth=1,
-        )
+        scheduler = self.scheduler()
         requests = [
             Request(str(i), ids, sampling, max_tokens, stop_token_ids)
             for i, ids in enumerate(prompts)
@@ -79,13 +92,15 @@ class LocalEngine:
         for request in requests:
             scheduler.add(request)
             logprobs[request.request_id] = []
-        while (step := scheduler.schedule()) is not None:
-            events = scheduler.update(self.runner.run(step))
+        in_flight: deque[InFlight] = deque()
+        while scheduler.has_work:
+            while (step := scheduler.schedule()) is not None:
+                in_flight.append(self.runner.launch(step))
+            events = scheduler.update(self.runner.collect(in_flight.popleft()))
             self.num_steps += 1
             for event in events:
                 if event.logprob is not None:
                     logprobs[event.request.request_id].append(event.logprob)
             if finished := sum(event.finish is not None for event in events):
                 progress(finished)
-        assert not scheduler.has_work
         return [Answer(request.output_ids, logprobs[request.request_id]) for request in requests]

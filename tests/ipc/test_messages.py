@@ -69,11 +69,11 @@ MESSAGES: dict[str, Any] = {
         False,
         (1, 8),
         "fp8",
-    ),  # fmt: skip
+    ),
     "progress": Progress(1, "loading", 10, 2**40),
     "ready": Ready(
         1, "cpu", "float32", 512, 8, 256, 4096, 129, 64, 10**12, 2**40, ("a", "b"), (1, 2, 4)
-    ),  # fmt: skip
+    ),
     "failed": Failed(1, "no such file", True),
     "step": Step(
         2, 3, "mixed", 4, (JOIN,), (Grow(1, (9,)),), pack_int32([1, 2]), (Chunk(0, 0, 3, True),)

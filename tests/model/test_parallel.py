@@ -58,7 +58,7 @@ SIZES: list[dict[str, Any]] = [
     {"tp_size": 4, "ep_size": 2, "attention_dp": True},
     {"tp_size": 4, "ep_size": 4, "pp_size": 2, "attention_dp": True},
 ]
-QUICK = [{"tp_size": 4, "ep_size": 2}, {"pp_size": 2}]
+QUICK = [{"tp_size": 4, "ep_size": 2}]
 QUICK_AND_SLOW = [
     pytest.param(
         sizes,
@@ -171,7 +171,9 @@ class CountingView:
         return found
 
 
-@pytest.mark.parametrize("staging_bytes", [loader.STAGING_BYTES, 600])
+@pytest.mark.parametrize(
+    "staging_bytes", [loader.STAGING_BYTES, pytest.param(600, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("sizes", QUICK_AND_SLOW)
 def test_rank_reads_the_bytes_that_it_holds_and_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: dict[str, Any], staging_bytes: int
