@@ -14,8 +14,8 @@ from . import reference
 from .compat import has_fp8, runs_kernels
 from .quant import empty_scale, quantize_1x128, store_quantized
 
-SILU_GROUPS = 16
-"""Blocks of 128 of one token that one program activates."""
+SILU_GROUPS = 8
+"""Blocks of 128 of one token that one program activates, at most."""
 ROPE_HEADS = 16
 """Heads of one token that one program rotates, at most."""
 EMBED_BLOCK = 2048
@@ -99,8 +99,9 @@ def _launch_norm(
 
 
 def norm_warps(groups: int) -> int:
-    """Warps of a program that reduces so many blocks of 128: 32 elements a thread."""
-    return min(max(groups // 8, 1), 16)
+    """Warps of a program that reduces so many blocks of 128: 16 elements a thread. The norm of one
+    token is pure latency, and dividing takes most of it."""
+    return min(max(groups // 4, 1), 16)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -127,12 +128,18 @@ def _launch_silu(gate_up: Tensor, scale: Tensor | None, ue8m0: bool) -> Tensor:
     num_tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     out_dtype = gate_up.dtype if scale is None else torch.float8_e4m3fn
     out = torch.empty(num_tokens, width, dtype=out_dtype, device=gate_up.device)
-    _silu_mul[(num_tokens, triton.cdiv(width, SILU_GROUPS * reference.BLOCK))](
+    groups = silu_groups(width)
+    _silu_mul[(num_tokens, triton.cdiv(width, groups * reference.BLOCK))](
         gate_up, out, scale, gate_up.stride(0),
-        *((0, 0) if scale is None else scale.stride()), WIDTH=width, GROUPS=SILU_GROUPS,
-        UE8M0=ue8m0
+        *((0, 0) if scale is None else scale.stride()), WIDTH=width, GROUPS=groups,
+        UE8M0=ue8m0, num_warps=max(groups // 2, 1)
     )  # fmt: skip
     return out
+
+
+def silu_groups(width: int) -> int:
+    """Blocks of 128 that one program activates of so wide a token."""
+    return min(triton.next_power_of_2(triton.cdiv(width, reference.BLOCK)), SILU_GROUPS)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
@@ -256,13 +263,14 @@ def _norm(
     at = group[:, None] * 128 + tl.arange(0, 128)[None, :]
     mask = at < WIDTH
     dtype: tl.constexpr = x.dtype.element_ty
+    factor = tl.load(weight + at, mask, 0.0)
     value = tl.load(x + token * x_stride + at, mask, 0.0).to(tl.float32)
     if residual is not None:
         value += tl.load(residual + token * residual_stride + at, mask, 0.0).to(tl.float32)
         rounded = value.to(dtype)
         tl.store(total + token * WIDTH + at, rounded, mask)
         value = rounded.to(tl.float32)
-    normed = _weighted(value, tl.load(weight + at, mask, 0.0), eps, WIDTH, dtype)
+    normed = _weighted(value, factor, eps, WIDTH, dtype)
     out += token * WIDTH
     if scale is None:
         tl.store(out + at, normed, mask)

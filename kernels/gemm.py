@@ -104,11 +104,14 @@ def grouped_fp8_linear(
     offsets: Tensor,
     out_dtype: torch.dtype,
     expected: float | None = None,
+    tables: moe_gemm.Tables | None = None,
 ) -> Tensor:
     """`grouped_linear` of rows that are quantised already: q [M, K] float8_e4m3fn, q_scale [M,
-    ceil(K/128)] float32, any layout."""
+    ceil(K/128)] float32, any layout. tables: shared by maps over the same offsets and M."""
     out = torch.empty(q.shape[0], w.shape[1], dtype=out_dtype, device=q.device)
-    return moe_gemm.grouped_fp8_gemm_nt_contiguous(q, q_scale, w, w_scale, offsets, out, expected)
+    return moe_gemm.grouped_fp8_gemm_nt_contiguous(
+        q, q_scale, w, w_scale, offsets, out, expected, tables
+    )
 
 
 def linear_float32(x: Tensor, w: Tensor) -> Tensor:

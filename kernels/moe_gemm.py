@@ -38,6 +38,8 @@ SWAP_ORDER = 64
 SWAP_STAGES = {16: 8, 32: 8, 64: 6}
 """By tokens of a tile: two blocks fit an SM, with 96 to 128 KiB of weights under way."""
 TABLE_PROGRAMS = 8
+TILED_SCALES = 2048
+"""Scales that one program of `tile_scales` copies."""
 
 
 def grouped_fp8_gemm_nt_contiguous(
@@ -48,6 +50,7 @@ def grouped_fp8_gemm_nt_contiguous(
     offsets: Tensor,
     out: Tensor,
     expected_m: float | None = None,
+    tables: "Tables | None" = None,
 ) -> Tensor:
     """Rows sorted by expert: out[i] = x[i] @ w[expert of i]^T, e4m3 with block scales.
 
@@ -58,12 +61,13 @@ def grouped_fp8_gemm_nt_contiguous(
     offsets: [E] int32 or int64: the row behind each expert's last; ascending, at most M
     out: [M, N] bfloat16; rows behind the last offset are not written, nor does x matter there
     expected_m: rows that an expert has on average (M / E if nobody knows); for speed only
+    tables: shared by GEMMs over the same offsets and M
     """
     check_grouped(x, x_scale, w, w_scale, offsets, out)
     if not runs_kernels(x):
         return by_expert(x, x_scale, w, w_scale, contiguous_bounds(offsets), out)
     expected = x.shape[0] / w.shape[0] if expected_m is None else expected_m
-    return launch(x, x_scale, w, w_scale, offsets, 0, out, expected)
+    return launch(x, x_scale, w, w_scale, offsets, 0, out, expected, tables)
 
 
 def grouped_fp8_gemm_nt_masked(
@@ -176,6 +180,9 @@ def by_expert(
 
 # ---- the table of items -------------------------------------------------------------------------
 
+Tables = dict[int, Tensor]
+"""`item_table`s of the same groups by `bm`, filled as they are needed."""
+
 
 def item_table(sizes: Tensor, rows: int, num_rows: int, bm: int) -> Tensor:
     """Cuts groups into items of `bm` rows.
@@ -190,6 +197,15 @@ def item_table(sizes: Tensor, rows: int, num_rows: int, bm: int) -> Tensor:
     padded = triton.next_power_of_2(experts)
     item_table_kernel[(TABLE_PROGRAMS,)](sizes, table, experts, rows, BM=bm, PADDED=padded)
     return table
+
+
+def shared_table(sizes: Tensor, rows: int, num_rows: int, bm: int, tables: Tables | None) -> Tensor:
+    """`item_table`, or the one that was made for an earlier GEMM."""
+    if tables is None:
+        return item_table(sizes, rows, num_rows, bm)
+    if bm not in tables:
+        tables[bm] = item_table(sizes, rows, num_rows, bm)
+    return tables[bm]
 
 
 @triton.jit(do_not_specialize=["experts", "rows"])
@@ -227,27 +243,32 @@ def tile_scales(x_scale: Tensor, table: Tensor, bm: int) -> Tensor:
     """
     groups, most = x_scale.shape[1], table.shape[0] - 1
     tiled = torch.empty(groups, most * bm, dtype=torch.float32, device=x_scale.device)
-    tile_scales_kernel[(most,)](
-        x_scale, x_scale.stride(0), x_scale.stride(1), table, tiled, most * bm, groups, BM=bm
-    )
+    block = min(triton.next_power_of_2(groups), TILED_SCALES // bm)
+    tile_scales_kernel[(most, triton.cdiv(groups, block))](
+        x_scale, x_scale.stride(0), x_scale.stride(1), table, tiled, most * bm, groups,
+        BM=bm, GROUPS=block
+    )  # fmt: skip
     return tiled
 
 
 @triton.jit(do_not_specialize=["row_stride", "group_stride", "tiled_stride", "groups"])
 def tile_scales_kernel(
-    x_scale, row_stride, group_stride, table, tiled, tiled_stride, groups, BM: tl.constexpr
-):
-    """A program for each item that there may be."""
+    x_scale, row_stride, group_stride, table, tiled, tiled_stride, groups, BM: tl.constexpr,
+    GROUPS: tl.constexpr
+):  # fmt: skip
+    """A program for each item that there may be, and for each GROUPS of its scales."""
     item = tl.program_id(0)
     if item >= tl.load(table):
         return
     first, start = tl.load(table + 4 + item * 4 + 1), tl.load(table + 4 + item * 4 + 2)
     end = tl.load(table + 4 + item * 4 + 3)
     at = tl.arange(0, BM)
-    row = (start + (item - first) * BM + at).to(tl.int64)
-    for g in range(groups):
-        scale = tl.load(x_scale + row * row_stride + g * group_stride, row < end, 0.0)
-        tl.store(tiled + tl.cast(g, tl.int64) * tiled_stride + item * BM + at, scale)
+    row = (start + (item - first) * BM + at).to(tl.int64)[None, :]
+    group = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)).to(tl.int64)[:, None]
+    inside = (row < end) & (group < groups)
+    scale = tl.load(x_scale + row * row_stride + group * group_stride, inside, 0.0)
+    to = tiled + group * tiled_stride + item * BM + at[None, :]
+    tl.store(to, scale, (group < groups) & (row >= 0))
 
 
 # ---- launches -----------------------------------------------------------------------------------
@@ -262,6 +283,7 @@ def launch(
     rows: int,
     out: Tensor,
     expected: float,
+    tables: Tables | None = None,
 ) -> Tensor:
     """x: [M, K], out: [M, N]; sizes, rows: as `item_table` takes them."""
     if not out.numel():
@@ -271,10 +293,10 @@ def launch(
     if fast and tma_ready(x) and tma_ready(w) and tma_ready(out):
         assert x_scale is not None and w_scale is not None
         run = launch_swap if expected <= 56 else launch_dense
-        return run(x, x_scale, w, w_scale, sizes, rows, out, expected)
+        return run(x, x_scale, w, w_scale, sizes, rows, out, expected, tables)
     kind = "plain" if w_scale is None else "dequant" if x_scale is None else "scaled"
     tile = fp8_gemm_dot.choose_tile(expected, kind, x)
-    table = item_table(sizes, rows, x.shape[0], tile.bm)
+    table = shared_table(sizes, rows, x.shape[0], tile.bm, tables)
     return fp8_gemm_dot.launch(x, x_scale, w, w_scale, out, table, expected)
 
 
@@ -287,10 +309,11 @@ def launch_dense(
     rows: int,
     out: Tensor,
     expected: float,
+    tables: Tables | None,
 ) -> Tensor:
     """Two shapes of tiles: the large one where few of its rows are wasted at experts' ends."""
     tile = Tile(256, 128, 3) if expected >= 768 else Tile(128, 128, 5)
-    table = item_table(sizes, rows, x.shape[0], tile.bm)
+    table = shared_table(sizes, rows, x.shape[0], tile.bm, tables)
     _, n, k = w.shape
     dense_kernel[(num_sms(x),)](
         *describe(x, tile_scales(x_scale, table, tile.bm), w.flatten(0, 1), out, tile),
@@ -310,10 +333,11 @@ def launch_swap(
     rows: int,
     out: Tensor,
     expected: float,
+    tables: Tables | None,
 ) -> Tensor:
     """A tile of tokens holds most experts whole: their numbers scatter around the expected one."""
     tokens = 16 if expected <= 6 else 32 if expected <= 18 else 64
-    table = item_table(sizes, rows, x.shape[0], tokens)
+    table = shared_table(sizes, rows, x.shape[0], tokens, tables)
     _, n, k = w.shape
     swap_kernel[(2 * num_sms(x),)](
         *describe_swap(x, tile_scales(x_scale, table, tokens), w.flatten(0, 1), tokens),

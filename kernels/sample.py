@@ -480,6 +480,20 @@ class SamplingState:
 def sample_and_append(
     logits: Tensor, rows: Tensor, state: SamplingState, token_ids: Tensor
 ) -> Tensor:
+    if logits.is_cuda:
+        at = rows.long()
+        heat = state.temperature[at]
+        n = state.num_tokens[at].long()
+        scaled = filter_logits(
+            logits / torch.where(heat > 0, heat, torch.ones_like(heat))[:, None],
+            state.top_k[at].long(),
+            state.top_p[at],
+            state.min_p[at],
+        )
+        chosen = gumbel_argmax(scaled, (heat > 0).float(), state.seed[at], n)
+        token_ids[at, n.clamp(max=token_ids.shape[1] - 1)] = chosen.to(int32)
+        state.num_tokens[at] = (n + 1).clamp(max=token_ids.shape[1] - 1).to(int32)
+        return chosen
     found = []
     for line, row in enumerate(rows.tolist()):
         if row == len(state.num_tokens) - 1:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..kernels import fused, gemm, moe_route
 from ..kernels.compat import has_wgmma
+from ..kernels.moe_gemm import Tables
 
 
 class Quantized(NamedTuple):
@@ -53,15 +54,18 @@ class Linear:
             return gemm.fp8_gemm_nt(x.values, x.scale, self.weight, self.scale, mode.dtype)
         return gemm.linear(x, self.weight, self.scale, mode.fp8, mode.ue8m0)
 
-    def grouped(self, x: Tensor | Quantized, offsets: Tensor, expected: float) -> Tensor:
+    def grouped(
+        self, x: Tensor | Quantized, offsets: Tensor, expected: float, tables: Tables
+    ) -> Tensor:
         """For stacked weights [E, N, K]: x [M, K] sorted by expert, offsets [E] as
-        `permute_by_expert` gives them, `expected` rows an expert -> [M, N]."""
+        `permute_by_expert` gives them, `expected` rows an expert -> [M, N]. `tables` is shared by
+        maps of the same rows."""
         mode = self._arithmetic
         if not isinstance(x, Quantized):
             return gemm.grouped_linear(x, self.weight, self.scale, offsets, expected=expected)
         assert self.scale is not None
         return gemm.grouped_fp8_linear(
-            *x, self.weight, self.scale, offsets, mode.dtype, expected=expected
+            *x, self.weight, self.scale, offsets, mode.dtype, expected, tables
         )
 
 

@@ -60,7 +60,11 @@ class MLA:
             return None
         config = self.config
         q = torch.empty(
-            batch.num_decodes, self.heads, config.latent_dim, dtype=self.w_uk.dtype, device="meta"
+            batch.num_decodes,
+            self.heads,
+            config.latent_dim,
+            dtype=self.w_uk.dtype,
+            device=cache.device,
         )
         return mla.decode_schedule(q, cache, batch.block_table, batch.seq_lens, config.kv_lora_rank)
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ..kernels import gemm, moe_route
+from ..kernels.moe_gemm import Tables
 from .config import ModelConfig
 from .layers import MLP, Arithmetic, Linear, Quantized, gather_rows, silu_mul
 
@@ -32,8 +33,10 @@ class MoE:
         topk_ids, topk_weights = self.route(plain)
         order, offsets, place = moe_route.permute_by_expert(topk_ids, config.n_routed_experts)
         expected = topk_ids.numel() / config.n_routed_experts
-        rows = self.gate_up.grouped(gather_rows(x, order, offsets, top_k), offsets, expected)
-        rows = self.down.grouped(silu_mul(rows, self._arithmetic), offsets, expected)
+        tables: Tables = {}
+        rows = gather_rows(x, order, offsets, top_k)
+        rows = self.gate_up.grouped(rows, offsets, expected, tables)
+        rows = self.down.grouped(silu_mul(rows, self._arithmetic), offsets, expected, tables)
         shared = None if self.shared is None else self.shared(x)
         return moe_route.combine_experts(rows, place, topk_weights, shared)
 

@@ -139,4 +139,6 @@ def test_every_shape_gets_a_plan_that_the_kernel_can_run(n: int, k: int) -> None
 
 def test_tile_scales() -> None:
     args = (torch.empty(64, 56), 56, 1, TABLE, torch.empty(56, 512), 512, 56)
-    fits(compile_kernel(moe_gemm.tile_scales_kernel, args, {"BM": 16}, 90))
+    for bm, groups in ((16, 64), (128, 16)):
+        tile = {"BM": bm, "GROUPS": groups}
+        fits(compile_kernel(moe_gemm.tile_scales_kernel, args, tile, 90))

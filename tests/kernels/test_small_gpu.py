@@ -116,7 +116,7 @@ def test_norms_equal_their_twins(case: Case, close) -> None:
     close(normed, want, kind)
     q, scale, again, total = fused.add_rms_norm_quant(x, residual, weight, 1e-6, case.ue8m0, True)
     same_bits(total, want_total)
-    same_bits(again, normed)
+    close(again, normed, kind)
     if case.dtype == BF16:  # a float32 norm of another order of summation has other last bits
         for got, want in zip((q, scale), quantized(normed, case.ue8m0), strict=True):
             same_bits(got, want)
