@@ -153,12 +153,12 @@ def changes(old: Config, new: Config) -> list[tuple[str, str]]:
 
 def _check(config: Config) -> None:
     parallel = config.parallel
-    sizes = {"tp_size": parallel.tp_size, "ep_size": parallel.ep_size, "pp_size": parallel.pp_size}
-    for name, size in sizes.items():
-        if size != 1:
-            raise ConfigError(f"{name} is {size}; this version runs on one rank")
-    if parallel.enable_attention_dp:
-        raise ConfigError("enable_attention_dp is true; this version runs on one rank")
+    if config.model.load_format != "dummy":  # else rank 0's share runs alone, for measurements
+        for name in ("tp_size", "ep_size", "pp_size"):
+            if (size := getattr(parallel, name)) != 1:
+                raise ConfigError(f"{name} is {size}; this version runs on one rank")
+        if parallel.enable_attention_dp:
+            raise ConfigError("enable_attention_dp is true; this version runs on one rank")
     if config.engine.kv_cache_dtype == "fp8":
         raise ConfigError("kv_cache_dtype is fp8; this version keeps the KV cache unquantised")
     batch, tokens = config.engine.max_batch_size, config.engine.max_num_tokens

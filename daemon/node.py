@@ -284,7 +284,7 @@ class Node:
             log.info("ready again", epoch=self.engine.ready.epoch if self.engine.ready else None)
 
     def _load_message(self, epoch: int) -> Load:
-        model, engine = self.config.model, self.config.engine
+        model, engine, parallel = self.config.model, self.config.engine, self.config.parallel
         return Load(
             epoch=epoch,
             model_dir=str(self.info.model_dir),
@@ -300,6 +300,11 @@ class Node:
             load_format=model.load_format,
             use_cuda_graph=engine.use_cuda_graph,
             cuda_graph_batch_sizes=engine.cuda_graph_batch_sizes,
+            tp_size=parallel.tp_size,
+            ep_size=parallel.ep_size,
+            pp_size=parallel.pp_size,
+            attention_dp=parallel.enable_attention_dp,
+            kv_cache_dtype=engine.kv_cache_dtype,
         )
 
     def _on_progress(self, progress: Progress) -> None:

@@ -179,6 +179,11 @@ class Load(msgspec.Struct, frozen=True, array_like=True, tag="load"):
     use_cuda_graph: bool = True
     cuda_graph_batch_sizes: tuple[int, ...] = ()
     """Empty: chosen here."""
+    tp_size: int = 1
+    """The next four too: the layout that the worker's rank is a part of."""
+    ep_size: int = 1
+    pp_size: int = 1
+    attention_dp: bool = False
     kv_cache_dtype: str = "auto"
     """"auto": as the checkpoint says, else the activations'; "fp8"."""
 

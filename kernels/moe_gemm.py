@@ -268,7 +268,7 @@ def tile_scales_kernel(
     inside = (row < end) & (group < groups)
     scale = tl.load(x_scale + row * row_stride + group * group_stride, inside, 0.0)
     to = tiled + group * tiled_stride + item * BM + at[None, :]
-    tl.store(to, scale, (group < groups) & (row >= 0))
+    tl.store(to, scale, group < groups)
 
 
 # ---- launches -----------------------------------------------------------------------------------

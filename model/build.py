@@ -12,7 +12,7 @@ from . import graphs, kv_cache, loader, memory
 from .config import CheckpointError, ModelConfig
 from .deepseek import DeepseekV3
 from .kv_cache import KVCache
-from .parallel import WHOLE, Layout
+from .parallel import Layout
 from .rehearsal import Rehearsal
 from .rows import Rows
 from .runner import Runner
@@ -31,16 +31,9 @@ class Limits(NamedTuple):
     max_seq_len: int
 
 
-def build(load: Load, report: Report, layout: Layout = WHOLE) -> tuple[Runner, Ready]:
-    """Loads, measures, takes memory, captures. Raises CheckpointError.
-
-    A share of a TP layout runs alone, without its exchanges: for measurements.
-    """
-    if (layout.ep_size, layout.pp_size) != (1, 1):
-        raise CheckpointError(
-            f"ep_size {layout.ep_size}, pp_size {layout.pp_size}: "
-            "this version computes shares of a TP layout only"
-        )
+def build(load: Load, report: Report) -> tuple[Runner, Ready]:
+    """Loads, measures, takes memory, captures. Raises CheckpointError."""
+    layout = _layout(load)
     model_dir = Path(load.model_dir)
     config = ModelConfig.load(model_dir)
     device = _device(load.device)
@@ -149,6 +142,21 @@ def _graph_sizes(load: Load, max_batch_size: int) -> list[int]:
     return sorted(named) or graphs.default_sizes(max_batch_size)
 
 
+def _layout(load: Load) -> Layout:
+    """Of more than one rank, rank 0's share runs alone, without its exchanges: for measurements."""
+    if (load.ep_size, load.pp_size) != (1, 1):
+        raise CheckpointError(
+            f"ep_size {load.ep_size}, pp_size {load.pp_size}: this version computes shares of a TP "
+            "layout only"
+        )
+    return Layout(
+        tp_size=load.tp_size,
+        ep_size=load.ep_size,
+        pp_size=load.pp_size,
+        attention_dp=load.attention_dp,
+    )
+
+
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -174,6 +182,8 @@ def _notes(config: ModelConfig, load: Load, act_quant: bool, device: torch.devic
     notes = []
     if load.load_format == "dummy":
         notes.append("load_format is dummy: the weights are random, and so are the answers")
+    if load.tp_size > 1:
+        notes.append(f"rank 0's share of {load.tp_size} runs alone, its exchanges left out")
     if config.fp8:
         notes.append(
             "activations are quantised 1x128 and multiplied in fp8"

@@ -56,9 +56,13 @@ class LocalEngine:
             load_format=load_format,
             use_cuda_graph=use_cuda_graph,
             cuda_graph_batch_sizes=cuda_graph_batch_sizes,
+            tp_size=layout.tp_size,
+            ep_size=layout.ep_size,
+            pp_size=layout.pp_size,
+            attention_dp=layout.attention_dp,
             kv_cache_dtype=kv_cache_dtype,
         )
-        self.runner, self.ready = build(load, lambda stage, done, total: None, layout)
+        self.runner, self.ready = build(load, lambda stage, done, total: None)
         self.num_steps = 0
 
     def scheduler(self) -> Scheduler:
