@@ -4,9 +4,11 @@ from functools import cache
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
@@ -34,6 +36,23 @@ def has_fp8(x: Tensor) -> bool:
 def has_wgmma(x: Tensor) -> bool:
     """Hopper, and nothing else: wgmma and TMA as our Gluon kernels use them."""
     return x.is_cuda and _capability(x.device) == (9, 0)
+
+
+def overlap(x: Tensor) -> dict[str, bool]:
+    """Options for launching a kernel that begins with `wait_previous(PDL)`: from Hopper on it is
+    set up while the kernel before it still runs (programmatic dependent launch)."""
+    able = x.is_cuda and _capability(x.device) >= (9, 0)
+    return {"PDL": able, "launch_pdl": True} if able else {"PDL": False}
+
+
+@triton.jit
+def wait_previous(PDL: tl.constexpr):
+    """Lets the next kernel be set up, and waits until the one before has ended and its writes are
+    seen. Every program must pass here before it reads or writes: the next kernel waits for this
+    one alone."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 def num_sms(x: Tensor) -> int:

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor, float32
 
 from . import reference
-from .compat import runs_kernels
+from .compat import overlap, runs_kernels, wait_previous
 from .quant import empty_scale
 
 COMBINE_BLOCK = 1024
@@ -47,7 +47,7 @@ def moe_gate(
         SIZE=size, KEPT=topk_group, TOP_K=top_k, NORM=norm_topk_prob,
         GROUPS_BLOCK=triton.next_power_of_2(n_group),
         SIZE_BLOCK=triton.next_power_of_2(size), TOP_K_BLOCK=triton.next_power_of_2(top_k),
-        num_warps=1
+        num_warps=1, **overlap(logits)
     )  # fmt: skip
     return topk_ids, topk_weights
 
@@ -73,8 +73,9 @@ def permute_by_expert(
     offsets = torch.empty(n_experts, dtype=torch.int64, device=topk_ids.device)
     block, warps = permute_tile(num_pairs)
     _permute[(n_experts,)](
-        topk_ids, order, offsets, place, num_pairs, first_expert, BLOCK=block, num_warps=warps
-    )
+        topk_ids, order, offsets, place, num_pairs, first_expert, BLOCK=block, num_warps=warps,
+        **overlap(topk_ids)
+    )  # fmt: skip
     return order, offsets, place
 
 
@@ -121,7 +122,7 @@ def _launch_gather(
         _gather[(len(order), triton.cdiv(width, GATHER_BLOCK))](
             x, scale, order, offsets, rows, scales, len(offsets), x.stride(0), *strides,
             WIDTH=width, GROUPS=groups, GROUPS_BLOCK=triton.next_power_of_2(groups),
-            TOP_K=top_k, BLOCK=GATHER_BLOCK
+            TOP_K=top_k, BLOCK=GATHER_BLOCK, **overlap(x)
         )  # fmt: skip
     return rows, scales
 
@@ -157,7 +158,7 @@ def combine_experts(
     grid = (num_tokens, triton.cdiv(width, COMBINE_BLOCK))
     _combine[grid](
         y, place, topk_weights, shared, out, y.stride(0), WIDTH=width, TOP_K=top_k,
-        BLOCK=COMBINE_BLOCK
+        BLOCK=COMBINE_BLOCK, **overlap(y)
     )  # fmt: skip
     return out
 
@@ -189,9 +190,10 @@ def _best(choice, GROUPS_BLOCK: tl.constexpr):
 def _gate(
     logits, bias, topk_ids, topk_weights, factor, GROUPS: tl.constexpr, SIZE: tl.constexpr,
     KEPT: tl.constexpr, TOP_K: tl.constexpr, NORM: tl.constexpr, GROUPS_BLOCK: tl.constexpr,
-    SIZE_BLOCK: tl.constexpr, TOP_K_BLOCK: tl.constexpr
+    SIZE_BLOCK: tl.constexpr, TOP_K_BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     """One token: TOP_K rounds of argmax over [groups, experts of a group]."""
+    wait_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS_BLOCK)[:, None]
     index = tl.arange(0, SIZE_BLOCK)[None, :]
@@ -224,9 +226,13 @@ def _gate(
 
 
 @triton.jit(do_not_specialize=["num_pairs", "first_expert"])
-def _permute(topk_ids, order, offsets, place, num_pairs, first_expert, BLOCK: tl.constexpr):
+def _permute(
+    topk_ids, order, offsets, place, num_pairs, first_expert, BLOCK: tl.constexpr,
+    PDL: tl.constexpr
+):  # fmt: skip
     """One expert: counts the pairs of lower experts and its own, then lists its own in order. No
     program waits for another, so the result is the same every time."""
+    wait_previous(PDL)
     expert = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     lower = tl.zeros((BLOCK,), tl.int32)
@@ -255,8 +261,9 @@ def _permute(topk_ids, order, offsets, place, num_pairs, first_expert, BLOCK: tl
 @triton.jit
 def _combine(
     y, place, topk_weights, shared, out, y_stride, WIDTH: tl.constexpr, TOP_K: tl.constexpr,
-    BLOCK: tl.constexpr
+    BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
+    wait_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = at < WIDTH
@@ -280,8 +287,9 @@ def _combine(
 def _gather(
     x, scale, order, offsets, rows, scales, n_experts, x_stride, scale_token, scale_group,
     scales_token, scales_group, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
-    GROUPS_BLOCK: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr
+    GROUPS_BLOCK: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
+    wait_previous(PDL)
     pair = tl.program_id(0).to(tl.int64)
     if pair >= tl.load(offsets + n_experts - 1):
         return

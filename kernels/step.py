@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .compat import runs_kernels
+from .compat import overlap, runs_kernels, wait_previous
 
 SCATTER_BLOCK = 1024
 TOKENS_BLOCK = 128
@@ -108,7 +108,7 @@ def decode_inputs(
             inputs.input_ids, inputs.positions, inputs.slot_mapping, inputs.cos, inputs.sin,
             block_table, seq_lens, null, state.token_ids.stride(0), state.block_table.stride(0),
             block_table.stride(0), SIZE=state.block_size, PAIRS=pairs,
-            PAIRS_BLOCK=triton.next_power_of_2(pairs), num_warps=1
+            PAIRS_BLOCK=triton.next_power_of_2(pairs), num_warps=1, **overlap(rows)
         )  # fmt: skip
         return
     row, real = rows.long(), rows != null
@@ -186,8 +186,9 @@ def _angles(cos, sin, cos_out, sin_out, position, token, PAIRS: tl.constexpr, BL
 def _decode_inputs(
     token_ids, num_computed, block_table, rows, cos, sin, input_ids, positions, slots, cos_out,
     sin_out, out_table, seq_lens, null, ids_stride, table_stride, out_table_stride,
-    SIZE: tl.constexpr, PAIRS: tl.constexpr, PAIRS_BLOCK: tl.constexpr
+    SIZE: tl.constexpr, PAIRS: tl.constexpr, PAIRS_BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
+    wait_previous(PDL)
     line = tl.program_id(0)
     row = tl.load(rows + line).to(tl.int64)
     real = row != null

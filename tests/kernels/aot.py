@@ -42,6 +42,8 @@ def compile_kernel(
 ) -> Report:
     """args: what a launch would pass before its constexprs: CPU (or meta) tensors, descriptors,
     numbers. options: what a launch takes besides: num_stages, maxnreg, ..."""
+    if "PDL" in fn.arg_names:  # as it is launched on Hopper
+        constexprs = {"PDL": arch >= 90, **constexprs}
     target = GPUTarget("cuda", arch, 32)
     backend = make_backend(target)
     keywords = {**constexprs, "num_warps": num_warps, **options}
