@@ -108,6 +108,8 @@ class Engine:
         self._is_draining = False
         self._was_ready = False
         self._rates: deque[tuple[float, int]] = deque()
+        self._modes: deque[str] = deque()
+        """Of the steps in flight."""
 
     # ---- for the front ----
 
@@ -229,12 +231,14 @@ class Engine:
         if self._scheduler is None or self.ready is None:
             return
         while (step := self._scheduler.schedule()) is not None:
+            self._modes.append(step.mode)
             await self._send(step)
 
     def _on_ready(self, ready: Ready) -> None:
         self.ready = ready
         self._was_ready = True
         self._has_worker.set()
+        self._modes.clear()
         self._scheduler = Scheduler(
             max_batch_size=ready.max_batch_size,
             max_num_tokens=ready.max_num_tokens,
@@ -304,6 +308,7 @@ class Engine:
         if not self._scheduler.expects(output):
             self._broken.set()
             return
+        mode = self._modes.popleft()
         events = self._scheduler.update(output)
         num_tokens = sum(event.token_id >= 0 for event in events)
         self.counters.steps += 1
@@ -317,8 +322,10 @@ class Engine:
             log.info(
                 "step",
                 seq=output.seq,
+                mode=mode,
                 num_tokens=num_tokens,
                 compute_us=output.compute_us,
+                idle_us=output.idle_us,
                 num_running=stats.num_running,
                 num_waiting=stats.num_waiting,
                 num_held_blocks=stats.num_held_blocks,
