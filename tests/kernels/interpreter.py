@@ -1,8 +1,9 @@
 """Makes Triton's interpreter compute what a GPU does.
 
-In 3.6 and 3.7 it truncates float32 to bf16, loses the carry of the rounding to fp8, and multiplies
-the raw bits of bf16 in `tl.dot`; 3.6 cannot `range` over a loaded number with numpy 2.4. `patch()`
-sends conversions through torch, widens `tl.dot`, and mends `range`.
+In 3.6 and 3.7 it truncates float32 to bf16, loses the carry of the rounding to fp8, rounds between
+the two halves of an fma, and multiplies the raw bits of bf16 in `tl.dot`; 3.6 cannot `range` over a
+loaded number with numpy 2.4. `patch()` sends conversions through torch, widens fma and `tl.dot`, and
+mends `range`.
 """
 
 import os
@@ -49,6 +50,10 @@ def patch() -> None:
         product = np.matmul(widen(a), widen(b), dtype=d.data.dtype) + d.data
         return interpreter.TensorHandle(product, d.dtype.scalar)
 
+    def fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        wide = x.data.astype(np.float64) * y.data + z.data  # the product is exact
+        return interpreter.TensorHandle(wide.astype(x.data.dtype), x.dtype.scalar)
+
     patch_tensor = interpreter._patch_lang_tensor
 
     def patch_tensor_and_index(tensor: Any, scope: Any) -> None:
@@ -58,6 +63,7 @@ def patch() -> None:
     interpreter._patch_lang_tensor = patch_tensor_and_index
     interpreter._convert_float = convert
     interpreter.InterpreterBuilder.create_dot = dot
+    interpreter.InterpreterBuilder.create_fma = fma
     np.seterr(all="ignore")  # overflow to infinity is no event on a GPU
 
 

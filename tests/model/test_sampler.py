@@ -123,9 +123,12 @@ def test_choose_for_the_null_row_changes_nothing(rows: Rows, logits: Tensor) -> 
     before = rows.words.clone()
     for _ in range(100):
         choose(logits[:3], [rows.null] * 3, rows)
-    null = rows.tokens.token_ids[rows.null]
-    changed = (rows.words != before).nonzero().flatten() - null.storage_offset()
-    assert ((changed >= 0) & (changed < len(null))).all(), "but for its own tokens"
+    own = (rows.tokens.token_ids[rows.null], rows.tokens.num_tokens[rows.null :])
+    for field in own:
+        start = field.storage_offset()
+        before[start : start + len(field)] = field
+    assert torch.equal(rows.words, before), "but for its own tokens and their number"
+    assert own[1] <= len(own[0])
 
 
 def test_delta_overwrites_what_it_names_and_nothing_else() -> None:
