@@ -23,7 +23,6 @@ from . import fp8_gemm_dot, reference
 from .compat import has_wgmma, num_sms, runs_kernels, tma_load
 from .fp8_gemm import (
     TILE_ORDER,
-    Tile,
     count_tiles,
     dense_kernel,
     describe,
@@ -32,6 +31,7 @@ from .fp8_gemm import (
 )
 from .fp8_gemm_swap import MAX_REGISTERS, step
 from .fp8_gemm_swap import describe as describe_swap
+from .fp8_gemm_work import Tile
 
 SWAP_ORDER = 64
 """As `TILE_ORDER`: row tiles of one expert are neighbours, and share its weight in L2."""
@@ -184,7 +184,7 @@ def item_table(sizes: Tensor, rows: int, num_rows: int, bm: int) -> Tensor:
     return table
 
 
-@triton.jit(do_not_specialize=["experts", "rows"])
+@triton.jit(do_not_specialize=["experts", "rows"], do_not_specialize_on_alignment=["sizes"])
 def item_table_kernel(sizes, table, experts, rows, BM: tl.constexpr, PADDED: tl.constexpr):
     """Every program counts; each writes the items of its own turn within an expert."""
     e = tl.arange(0, PADDED)
@@ -225,7 +225,10 @@ def tile_scales(x_scale: Tensor, table: Tensor, bm: int) -> Tensor:
     return tiled
 
 
-@triton.jit(do_not_specialize=["row_stride", "group_stride", "tiled_stride", "groups"])
+@triton.jit(
+    do_not_specialize=["row_stride", "group_stride", "tiled_stride", "groups"],
+    do_not_specialize_on_alignment=["x_scale"],
+)
 def tile_scales_kernel(
     x_scale, row_stride, group_stride, table, tiled, tiled_stride, groups, BM: tl.constexpr
 ):
@@ -287,8 +290,9 @@ def launch_dense(
     dense_kernel[(num_sms(x),)](
         *describe(x, tile_scales(x_scale, table, tile.bm), w.flatten(0, 1), out, tile),
         out, out.stride(0),
-        w_scale, w_scale.stride(1), table, 0, -(-n // tile.bn), n, -(-k // 128),
-        STAGES=tile.stages, WAVES=tile.bm // 128, ORDER=TILE_ORDER, GROUPED=True, num_warps=4,
+        w_scale, w_scale.stride(1), table, out, table, 0, -(-n // tile.bn), n, -(-k // 128), 0, 1,
+        STAGES=tile.stages, WAVES=tile.bm // 128, ORDER=TILE_ORDER, GROUPED=True, SPLIT=False,
+        num_warps=4,
     )  # fmt: skip
     return out
 
