@@ -9,10 +9,8 @@ A block of threads on each SM walks over the tiles: one warp loads (TMA), two wa
 
 The tensor core adds fp8 products with about 14 bits, hence the promotion every 128 (DeepSeek-V3
 technical report, arXiv 2412.19437, section 3.3.2). Tiles of experts come from a table
-(`moe_gemm.item_table`); a dense map is the case without one.
+(`moe_items.item_table`); a dense map is the case without one.
 """
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,33 +24,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import reference
 from .compat import num_sms, tma_load, tma_store
+from .fp8_gemm_work import Tile, Work, choose_work
+from .split_k import MAX_COUNTERS, add_pieces, is_last, leave_piece, split_counters
 
 TILE_ORDER = 8
 """Row tiles that are walked column by column: a wave of tiles then reads few rows and columns."""
-
-
-class Tile(NamedTuple):
-    bm: int
-    bn: int
-    stages: int
-
-
-TILES = {Tile(256, 128, 3): 1.0, Tile(128, 128, 5): 0.8, Tile(128, 64, 6): 0.62}
-"""Shapes that are compiled, and the speed of each when all SMs are busy (the first is 1): smaller
-tiles read more bytes through L2 for the same product."""
-
-
-def choose_tile(m: int, n: int, sms: int) -> Tile:
-    """The shape whose waves take the least time."""
-
-    def time(tile: Tile) -> float:
-        waves = -(-(-(-m // tile.bm) * -(-n // tile.bn)) // sms)
-        return waves * tile.bm * tile.bn / TILES[tile]
-
-    return min(TILES, key=time)
 
 
 def tma_ready(x: Tensor) -> bool:
@@ -72,7 +52,12 @@ def k_major(x_scale: Tensor) -> Tensor:
 
 
 def fp8_gemm_nt_dense(
-    x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, out: Tensor
+    x: Tensor,
+    x_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    out: Tensor,
+    work: Work | None = None,
 ) -> Tensor:
     """out = x @ w^T, both e4m3 with block scales.
 
@@ -81,6 +66,7 @@ def fp8_gemm_nt_dense(
     w: [N, K] float8_e4m3fn, rows 16-byte aligned
     w_scale: [ceil(N/128), ceil(K/128)] float32, rows adjacent or strided
     out: [T, N] bfloat16, rows 16-byte aligned
+    work: `choose_work`'s if None
     Nothing behind the last row or column is read or written.
     """
     check(x, x_scale, w, w_scale, out)
@@ -88,14 +74,21 @@ def fp8_gemm_nt_dense(
         return out.copy_(reference.fp8_gemm_nt(x, x_scale, w, w_scale, out.dtype))
     (m, k), n = x.shape, w.shape[0]
     sms = num_sms(x)
-    tile = choose_tile(m, n, sms)
+    tile, whole, pieces = work or choose_work(m, n, k, sms)
     num_m, num_n = -(-m // tile.bm), -(-n // tile.bn)
-    grid = (min(sms, num_m * num_n),)
+    rest = num_m * num_n - whole
+    partial = counters = out  # not used without pieces
+    if rest:
+        size = rest * pieces * tile.bm * tile.bn
+        partial = torch.empty(size, dtype=torch.float32, device=x.device)
+        counters = split_counters(x.device)
+        assert 2 * rest <= MAX_COUNTERS and pieces <= -(-k // 128), (rest, pieces)
     descriptors = describe(x, k_major(x_scale), w, out, tile)
-    dense_kernel[grid](
-        *descriptors, out, out.stride(0), w_scale, w_scale.stride(0), w_scale,
-        num_m, num_n, n, -(-k // 128),
-        STAGES=tile.stages, WAVES=tile.bm // 128, ORDER=TILE_ORDER, GROUPED=False, num_warps=4,
+    dense_kernel[(min(sms, whole + rest * pieces),)](
+        *descriptors, out, out.stride(0), w_scale, w_scale.stride(0), w_scale, partial, counters,
+        num_m, num_n, n, -(-k // 128), whole, pieces,
+        STAGES=tile.stages, WAVES=tile.bm // 128, ORDER=TILE_ORDER, GROUPED=False, SPLIT=rest > 0,
+        num_warps=4, launch_pdl=True,
     )  # fmt: skip
     return out
 
@@ -153,7 +146,7 @@ def tile_order(t, num_m, num_n, ORDER: gl.constexpr):
 @gluon.jit
 def tile_at(t, table, num_m, num_n, BM: gl.constexpr, ORDER: gl.constexpr, GROUPED: gl.constexpr):
     """Tile t -> its group, first row, the row behind the group's last, its column of tiles, and
-    where its rows' scales begin (see `moe_gemm.tile_scales`)."""
+    where its rows' scales begin (see `moe_items.tile_scales`)."""
     if GROUPED:
         item = table + 4 + t // num_n * 4
         group, first = gl.load(item), gl.load(item + 1)
@@ -173,11 +166,36 @@ def count_tiles(table, num_m, num_n, GROUPED: gl.constexpr):
 
 
 @gluon.jit
+def count_units(table, num_m, num_n, whole, pieces, GROUPED: gl.constexpr, SPLIT: gl.constexpr):
+    """Whole tiles, and pieces of the others."""
+    tiles = count_tiles(table, num_m, num_n, GROUPED)
+    if SPLIT:
+        tiles = whole + (tiles - whole) * pieces
+    return tiles
+
+
+@gluon.jit
+def unit_at(u, whole, pieces, num_k, SPLIT: gl.constexpr):
+    """Unit u -> its tile, its first block of K and the one behind its last."""
+    tile = u
+    first = u * 0
+    stop = num_k
+    if SPLIT and u >= whole:
+        tile = whole + (u - whole) // pieces
+        piece = (u - whole) % pieces
+        first = piece * num_k // pieces
+        stop = (piece + 1) * num_k // pieces
+    return tile, first, stop
+
+
+@gluon.jit
 def _load_tiles(
     x_desc, w_desc, sx_desc, x_bufs, w_bufs, sx_bufs, empty, full, table,
-    num_m, num_n, n_rows, num_k, ORDER: gl.constexpr, GROUPED: gl.constexpr,
+    num_m, num_n, n_rows, num_k, whole, pieces,
+    ORDER: gl.constexpr, GROUPED: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
-    """The loading warp. Stage and phase run on across tiles."""
+    """The loading warp. Stage and phase run on across tiles. A dense map's weights, which no kernel
+    before this one writes, fill the ring while that kernel still runs."""
     STAGES: gl.constexpr = x_bufs.type.shape[0]
     BM: gl.constexpr = x_bufs.type.shape[1]
     BN: gl.constexpr = w_bufs.type.shape[1]
@@ -186,16 +204,30 @@ def _load_tiles(
     )
     stage = 0
     phase = 1
-    total = count_tiles(table, num_m, num_n, GROUPED)
-    for t in range(gl.program_id(0), total, gl.num_programs(0)):
+    ahead = 0
+    if not GROUPED:
+        t, first, stop = unit_at(gl.program_id(0), whole, pieces, num_k, SPLIT)
+        _, _, _, n, _ = tile_at(t, table, num_m, num_n, BM, ORDER, False)
+        ahead = min(STAGES, stop - first)
+        for j in range(ahead):
+            mbarrier.expect(full.index(j), BYTES)
+            tma_load(w_desc, [n * BN, (first + j) * 128], full.index(j), w_bufs.index(j))
+        gdc_launch_dependents()
+        gdc_wait()  # the kernel before this one has ended and its writes are seen
+    units = count_units(table, num_m, num_n, whole, pieces, GROUPED, SPLIT)
+    for u in range(gl.program_id(0), units, gl.num_programs(0)):
+        t, first, stop = unit_at(u, whole, pieces, num_k, SPLIT)
         group, row, _, n, sx_row = tile_at(t, table, num_m, num_n, BM, ORDER, GROUPED)
         w_row = group * n_rows + n * BN
-        for k in range(num_k):
-            mbarrier.wait(empty.index(stage), phase)
+        for k in range(first, stop):
             ready = full.index(stage)
-            mbarrier.expect(ready, BYTES)
+            if ahead > 0:
+                ahead -= 1
+            else:
+                mbarrier.wait(empty.index(stage), phase)
+                mbarrier.expect(ready, BYTES)
+                tma_load(w_desc, [w_row, k * 128], ready, w_bufs.index(stage))
             tma_load(x_desc, [row, k * 128], ready, x_bufs.index(stage))
-            tma_load(w_desc, [w_row, k * 128], ready, w_bufs.index(stage))
             tma_load(sx_desc, [k, sx_row], ready, sx_bufs.index(stage))
             stage += 1
             if stage == STAGES:
@@ -208,7 +240,8 @@ def _multiply(
     x_bufs, w_bufs, sx_bufs, empty, full, sw, num_k, stage, phase,
     WG: gl.constexpr, WAVES: gl.constexpr,
 ):  # fmt: skip
-    """One tile of one warpgroup -> its accumulators, and where the ring stands."""
+    """num_k blocks of K of a tile, one warpgroup's rows -> its accumulators, and where the ring
+    stands. sw: the first block's scale."""
     STAGES: gl.constexpr = x_bufs.type.shape[0]
     BM: gl.constexpr = x_bufs.type.shape[1]
     BN: gl.constexpr = w_bufs.type.shape[1]
@@ -266,48 +299,81 @@ def _store(out_desc, out, out_stride, buf, row, end, column, n_rows, GROUPED: gl
 
 
 @gluon.jit
+def _join(
+    acc0, acc1, u, t, partial, counters, whole, pieces, WG: gl.constexpr, WAVES: gl.constexpr
+):
+    """Leaves this unit's sums in `partial` [units, BM / 64, 64, BN]. Whether the tile's last unit
+    was this one; then the sums of all."""
+    SIZE: gl.constexpr = 64 * acc0.shape[1]
+    UNIT: gl.constexpr = 2 * WAVES * SIZE
+    mine = partial + (u - whole).to(gl.int64) * UNIT + WG * WAVES * SIZE
+    leave_piece(mine, acc0)
+    if WAVES == 2:
+        leave_piece(mine + SIZE, acc1)
+    last = is_last(counters + (t - whole) * 2 + WG, pieces)
+    if last:
+        piece = partial + ((t - whole) * pieces).to(gl.int64) * UNIT + WG * WAVES * SIZE
+        acc0 = add_pieces(piece, pieces, UNIT, acc0)
+        if WAVES == 2:
+            acc1 = add_pieces(piece + SIZE, pieces, UNIT, acc1)
+    return acc0, acc1, last
+
+
+@gluon.jit
 def _multiply_tiles(
     out_desc, out, out_stride, x_bufs, w_bufs, sx_bufs, out_bufs, sw, sw_stride, empty, full,
-    table, num_m, num_n, n_rows, num_k,
-    WG: gl.constexpr, WAVES: gl.constexpr, ORDER: gl.constexpr, GROUPED: gl.constexpr,
+    table, partial, counters, num_m, num_n, n_rows, num_k, whole, pieces, WG: gl.constexpr,
+    WAVES: gl.constexpr, ORDER: gl.constexpr, GROUPED: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """A multiplying warpgroup."""
     BM: gl.constexpr = x_bufs.type.shape[1]
     BN: gl.constexpr = w_bufs.type.shape[1]
     stage = 0
     phase = 0
-    total = count_tiles(table, num_m, num_n, GROUPED)
-    for t in range(gl.program_id(0), total, gl.num_programs(0)):
+    units = count_units(table, num_m, num_n, whole, pieces, GROUPED, SPLIT)
+    for u in range(gl.program_id(0), units, gl.num_programs(0)):
+        t, first, stop = unit_at(u, whole, pieces, num_k, SPLIT)
         group, row, end, n, _ = tile_at(t, table, num_m, num_n, BM, ORDER, GROUPED)
         block = group * gl.cdiv(n_rows, 128) + n * BN // 128
         acc0, acc1, stage, phase = _multiply(
-            x_bufs, w_bufs, sx_bufs, empty, full, sw + block * sw_stride, num_k, stage, phase,
-            WG, WAVES,
+            x_bufs, w_bufs, sx_bufs, empty, full, sw + block * sw_stride + first, stop - first,
+            stage, phase, WG, WAVES,
         )  # fmt: skip
-        row += WG * 64 * WAVES
-        first = out_bufs.index(WG * WAVES)
-        second = out_bufs.index(WG * WAVES + WAVES - 1)
-        tma.store_wait(0)  # the last tile's stores have left the buffers
-        first.store(acc0.to(gl.bfloat16))
-        if WAVES == 2:
-            second.store(acc1.to(gl.bfloat16))
-        fence_async_shared()
-        _store(out_desc, out, out_stride, first, row, end, n * BN, n_rows, GROUPED)
-        if WAVES == 2:
-            _store(out_desc, out, out_stride, second, row + 64, end, n * BN, n_rows, GROUPED)
+        complete = True
+        if SPLIT and u >= whole:
+            acc0, acc1, complete = _join(
+                acc0, acc1, u, t, partial, counters, whole, pieces, WG, WAVES
+            )
+        if complete:
+            row += WG * 64 * WAVES
+            first_buf = out_bufs.index(WG * WAVES)
+            second_buf = out_bufs.index(WG * WAVES + WAVES - 1)
+            tma.store_wait(0)  # the last tile's stores have left the buffers
+            first_buf.store(acc0.to(gl.bfloat16))
+            if WAVES == 2:
+                second_buf.store(acc1.to(gl.bfloat16))
+            fence_async_shared()
+            _store(out_desc, out, out_stride, first_buf, row, end, n * BN, n_rows, GROUPED)
+            if WAVES == 2:
+                row += 64
+                _store(out_desc, out, out_stride, second_buf, row, end, n * BN, n_rows, GROUPED)
     tma.store_wait(0)
 
 
 @gluon.jit(
-    do_not_specialize=["out_stride", "sw_stride", "num_m", "num_n", "n_rows", "num_k"],
-    do_not_specialize_on_alignment=["sw", "table"],
-)
+    do_not_specialize=[
+        "out_stride", "sw_stride", "num_m", "num_n", "n_rows", "num_k", "whole", "pieces",
+    ],
+    do_not_specialize_on_alignment=["sw", "table", "counters"],
+)  # fmt: skip
 def dense_kernel(
-    x_desc, w_desc, sx_desc, out_desc, out, out_stride, sw, sw_stride, table,
-    num_m, num_n, n_rows, num_k,
+    x_desc, w_desc, sx_desc, out_desc, out, out_stride, sw, sw_stride, table, partial, counters,
+    num_m, num_n, n_rows, num_k, whole, pieces,
     STAGES: gl.constexpr, WAVES: gl.constexpr, ORDER: gl.constexpr, GROUPED: gl.constexpr,
+    SPLIT: gl.constexpr,
 ):  # fmt: skip
-    """n_rows: rows of w of one group (N); num_k: blocks of 128 of K. table, num_m: one is used."""
+    """n_rows: rows of w of one group (N); num_k: blocks of 128 of K. table, num_m: one is used.
+    partial, counters, whole, pieces: see `_join` and `Work`, used if SPLIT."""
     BM: gl.constexpr = x_desc.block_type.shape[0]
     BN: gl.constexpr = w_desc.block_type.shape[0]
     x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BM, 128], x_desc.layout)
@@ -325,13 +391,15 @@ def dense_kernel(
         [
             (_multiply_tiles, (
                 out_desc, out, out_stride, x_bufs, w_bufs, sx_bufs, out_bufs, sw, sw_stride, empty,
-                full, table, num_m, num_n, n_rows, num_k, 0, WAVES, ORDER, GROUPED)),
+                full, table, partial, counters, num_m, num_n, n_rows, num_k, whole, pieces, 0,
+                WAVES, ORDER, GROUPED, SPLIT)),
             (_multiply_tiles, (
                 out_desc, out, out_stride, x_bufs, w_bufs, sx_bufs, out_bufs, sw, sw_stride, empty,
-                full, table, num_m, num_n, n_rows, num_k, 1, WAVES, ORDER, GROUPED)),
+                full, table, partial, counters, num_m, num_n, n_rows, num_k, whole, pieces, 1,
+                WAVES, ORDER, GROUPED, SPLIT)),
             (_load_tiles, (
                 x_desc, w_desc, sx_desc, x_bufs, w_bufs, sx_bufs, empty, full, table,
-                num_m, num_n, n_rows, num_k, ORDER, GROUPED)),
+                num_m, num_n, n_rows, num_k, whole, pieces, ORDER, GROUPED, SPLIT)),
         ],
         [4, 1],
         [232, 40],

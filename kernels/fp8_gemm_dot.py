@@ -86,7 +86,7 @@ def launch(
     tokens: float,
 ) -> Tensor:
     """x: [M, K], w: [E, N, K], w_scale: [E, ceil(N/128), ceil(K/128)] or None, out: [M, N]; which
-    rows are whose says `table` (`moe_gemm.item_table`, made for this tile), or E is 1."""
+    rows are whose says `table` (`moe_items.item_table`, made for this tile), or E is 1."""
     kind = "plain" if w_scale is None else "dequant" if x_scale is None else "scaled"
     assert x.stride(1) == w.stride(2) == out.stride(1) == 1, (x.stride(), w.stride())
     tile = choose_tile(tokens, kind, x)

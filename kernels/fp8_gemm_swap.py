@@ -1,15 +1,13 @@
 """fp8 GEMM with block scales for few tokens: bound by the bytes of the weight, for Hopper.
 
-Weights are wgmma's operand of 64 rows, tokens its narrow one (8 ... 128), so that nothing is
+Weights are wgmma's operand of 64 rows, tokens its narrow one (8 ... 64), so that nothing is
 padded to 64 tokens. A block of threads streams 64 rows of w over a piece of K: one warp loads
-(TMA), one warpgroup multiplies. Pieces of K leave float32 partial sums in L2; the block that comes
-last adds them in order, so the result is the same every time.
+(TMA), one warpgroup multiplies. Pieces of K are added up as `split_k` says.
 
 Launched with programmatic dependence: the ring is filled with weights, which no kernel before this
 one writes, while that kernel still runs; everything else waits for its end.
 """
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -19,6 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -26,12 +25,16 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import reference
-from .compat import barrier, num_sms, tma_load
-from .fp8_gemm import check, fma, k_major
+from .compat import barrier, num_sms, tma_load, tma_store
+from .fp8_gemm import check, fma, k_major, tma_ready
+from .split_k import MAX_COUNTERS, is_last, leave_piece, load_piece, split_counters
 
-MAX_COUNTERS = 4096
-MAX_REGISTERS = {8: 64, 16: 64, 32: 96, 64: 128, 128: 168}
+MAX_REGISTERS = {8: 64, 16: 64, 32: 96, 64: 128}
 """By tokens of a tile: so that two blocks fit an SM, where shared memory lets them."""
+SPLIT_BLOCKS = {8: 2.0, 16: 2.0, 32: 1.65, 64: 1.0}
+"""By tokens of a tile: blocks of threads for each SM, at most, that a split makes."""
+MIN_BLOCKS_OF_K = {8: 3, 16: 3, 32: 7, 64: 7}
+"""Of a piece. Leaving and adding pieces up costs more with more tokens."""
 
 
 class Plan(NamedTuple):
@@ -41,66 +44,69 @@ class Plan(NamedTuple):
 
 
 def choose_plan(m: int, n: int, k: int, sms: int) -> Plan:
-    """Measured at 1, 16, 64 and 128 tokens for 2112x7168, 4096x7168, 7168x2048 and 7168x16384 (N x
-    K) on an H100; between them by the number of blocks. A short ring wins where the weight is
-    small: its weights are all under way before the first token is loaded."""
+    """Rules that fit what was measured on an H100 at 1, 16, 32, 64 and 128 tokens for the shapes of
+    DeepSeek-V3, whole and shared by eight. A short ring wins where pieces are short: all of it is
+    under way before the first token is loaded."""
     num_n, num_k = -(-n // 64), -(-k // 128)
-    tokens = next((t for t in (8, 16, 32, 64) if m <= t), 128 if num_n >= 100 and m <= 128 else 64)
+    tokens = next((t for t in MAX_REGISTERS if m <= t), 64)
     tiles = num_n * -(-m // tokens)
-    # Adding the pieces up is cheap for few tokens only.
-    most = 2 * sms + 8 if tokens <= 16 else sms + 12
-    split = 1
-    while split < (8 if tokens <= 32 else 4) and 2 * split * tiles <= most:
-        if num_k // (2 * split) < (14 if 2 * split * tiles > sms else 4):
-            break
-        split *= 2
-    deep = num_k // split >= 28
+
+    def pieces(blocks: float) -> int:
+        most = min(8 if tokens <= 32 else 6, num_k // MIN_BLOCKS_OF_K[tokens])
+        return max(1, min(most, int(blocks * sms / tiles)))
+
+    split = pieces(SPLIT_BLOCKS[tokens])
+    if tiles >= 0.8 * sms:
+        split = 1
+    elif tokens == 64 and tiles * split < 0.7 * sms:
+        split = pieces(1.65)
+    length = num_k // split
     if tokens <= 32:
-        stages = 10 if deep else 6
-    elif deep and tiles * split <= sms and m <= tokens:
-        stages = 12 if tokens == 64 else 8  # nothing would run beside it on its SM
+        stages = 10 if length >= (14 if tokens <= 16 else 28) else 6
     else:
-        stages = 6 if tokens == 64 else 4
+        stages = 8 if length >= 16 and tiles * split <= sms else 6
     return Plan(tokens, stages, split)
 
 
-def fp8_gemm_nt_swap(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, out: Tensor) -> Tensor:
+def fp8_gemm_nt_swap(
+    x: Tensor,
+    x_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    out: Tensor,
+    plan: Plan | None = None,
+) -> Tensor:
     """out = x @ w^T, both e4m3 with block scales.
 
     x: [T, K] float8_e4m3fn, rows 16-byte aligned
     x_scale: [T, ceil(K/128)] float32, any layout (see `k_major`)
     w: [N, K] float8_e4m3fn, rows 16-byte aligned; not written by the kernel before this one
     w_scale: [ceil(N/128), ceil(K/128)] float32, rows adjacent or strided
-    out: [T, N] bfloat16
+    out: [T, N] bfloat16, rows 16-byte aligned
+    plan: `choose_plan`'s if None
     Nothing behind the last row or column is read or written. Not for two streams at once: the
     counters of `split` are shared.
     """
     check(x, x_scale, w, w_scale, out)
     if not x.is_cuda:
         return out.copy_(reference.fp8_gemm_nt(x, x_scale, w, w_scale, out.dtype))
+    assert tma_ready(out), (out.stride(), out.data_ptr())
     (m, k), n = x.shape, w.shape[0]
-    plan = choose_plan(m, n, k, num_sms(x))
+    plan = plan or choose_plan(m, n, k, num_sms(x))
     grid = (-(-n // 64), plan.split, -(-m // plan.tokens))
-    partial = counters = w_scale  # not used without a split
+    partial = counters = out  # not used without a split
     if plan.split > 1:
         size = grid[0] * grid[1] * grid[2] * 64 * plan.tokens
         partial = torch.empty(size, dtype=torch.float32, device=x.device)
         counters = split_counters(x.device)
         assert grid[0] * grid[2] <= MAX_COUNTERS, grid
     swap_kernel[grid](
-        *describe(x, k_major(x_scale), w, plan.tokens),
-        w_scale, w_scale.stride(0), out, out.stride(0), partial, counters, m, n, -(-k // 128),
+        *describe(x, k_major(x_scale), w, plan.tokens), describe_out(out, plan.tokens),
+        w_scale, w_scale.stride(0), partial, counters, -(-k // 128),
         STAGES=plan.stages, SPLIT=plan.split,
         num_warps=4, maxnreg=MAX_REGISTERS[plan.tokens], launch_pdl=True,
     )  # fmt: skip
     return out
-
-
-@cache
-def split_counters(device: torch.device) -> Tensor:
-    """int32 zeros, which every kernel leaves as zeros."""
-    assert not torch.cuda.is_current_stream_capturing(), "run once before capturing"
-    return torch.zeros(MAX_COUNTERS, dtype=torch.int32, device=device)
 
 
 def describe(
@@ -114,6 +120,13 @@ def describe(
         TensorDescriptor.from_tensor(w, [64, 128], of.get_default_for([64, 128], fp8)),
         TensorDescriptor.from_tensor(x, [tokens, 128], of.get_default_for([tokens, 128], fp8)),
         TensorDescriptor.from_tensor(x_scale, [1, max(tokens, 32)], flat),
+    )
+
+
+def describe_out(out: Tensor, tokens: int) -> TensorDescriptor:
+    box = [tokens, 64]
+    return TensorDescriptor.from_tensor(
+        out, box, gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16)
     )
 
 
@@ -159,8 +172,8 @@ def step(w, x, sx, scale, part, acc, empty, L: gl.constexpr):
 
 @gluon.jit
 def _multiply(
-    w_bufs, x_bufs, sx_bufs, sw, out, out_stride, m_rows, n_rows, partial, counters, empty, full,
-    w_row, row, count, SPLIT: gl.constexpr,
+    out_desc, w_bufs, x_bufs, sx_bufs, sw, partial, counters, empty, full, w_row, row, count,
+    SPLIT: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = w_bufs.type.shape[0]
     BT: gl.constexpr = x_bufs.type.shape[1]
@@ -177,43 +190,39 @@ def _multiply(
             w_bufs.index(stage), x_bufs.index(stage), sx_bufs.index(stage), scale, part, acc,
             empty.index(stage), L,
         )  # fmt: skip
-    n = w_row + gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, L)), 1)
-    token = row + gl.expand_dims(gl.arange(0, BT, gl.SliceLayout(0, L)), 0)
-    out += token.to(gl.int64) * out_stride + n
-    live = (token < m_rows) & (n < n_rows)
     if SPLIT == 1:
-        gl.store(out, acc.to(gl.bfloat16), mask=live)
+        _store(acc, w_bufs, out_desc, row, w_row)
     else:
-        _add_up(acc, out, live, partial, counters, L, SPLIT)
+        tile = gl.program_id(2) * gl.num_programs(0) + gl.program_id(0)
+        partial += tile * (SPLIT * 64 * BT)
+        leave_piece(partial + gl.program_id(1) * (64 * BT), acc)
+        if is_last(counters + tile, SPLIT):
+            acc = gl.zeros((64, BT), gl.float32, L)
+            for s in gl.static_range(SPLIT):
+                acc += load_piece(partial + s * (64 * BT), acc)
+            _store(acc, w_bufs, out_desc, row, w_row)
 
 
 @gluon.jit
-def _add_up(acc, out, live, partial, counters, L: gl.constexpr, SPLIT: gl.constexpr):
-    """Leaves this piece of K in `partial` [tile, SPLIT, 64, tokens]; the last block of a tile adds
-    all pieces, in the order of K."""
+def _store(acc, w_bufs, out_desc, row, column):
+    """acc: [64 outputs, tokens], through the ring, whose last load has been used."""
     BT: gl.constexpr = acc.shape[1]
-    tile = gl.program_id(2) * gl.num_programs(0) + gl.program_id(0)
-    n = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, L)), 1)
-    token = gl.expand_dims(gl.arange(0, BT, gl.SliceLayout(0, L)), 0)
-    partial += tile * (SPLIT * 64 * BT) + n * BT + token
-    gl.store(partial + gl.program_id(1) * (64 * BT), acc)
-    barrier()  # all threads have stored before one of them counts
-    before = gl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu")
-    if before == SPLIT - 1:
-        acc = gl.zeros((64, BT), gl.float32, L)
-        for s in gl.static_range(SPLIT):
-            acc += gl.load(partial + s * (64 * BT), cache_modifier=".cg")
-        gl.store(out, acc.to(gl.bfloat16), mask=live)
-        gl.store(counters + tile, 0)
+    TILES: gl.constexpr = w_bufs.type.shape[0] * 64 // BT
+    tile = w_bufs._reinterpret(gl.bfloat16, [TILES, BT, 64], out_desc.layout).index(0)
+    barrier()  # all warps' last wgmma has read the weights
+    tile.permute((1, 0)).store(acc.to(gl.bfloat16))
+    fence_async_shared()
+    tma_store(out_desc, [row, column], tile)
+    tma.store_wait(0)
 
 
 @gluon.jit(
-    do_not_specialize=["sw_stride", "out_stride", "m_rows", "n_rows", "num_k"],
-    do_not_specialize_on_alignment=["sw", "out", "partial", "counters"],
+    do_not_specialize=["sw_stride", "num_k"],
+    do_not_specialize_on_alignment=["sw", "counters"],
 )
 def swap_kernel(
-    w_desc, x_desc, sx_desc, sw, sw_stride, out, out_stride, partial, counters,
-    m_rows, n_rows, num_k, STAGES: gl.constexpr, SPLIT: gl.constexpr,
+    w_desc, x_desc, sx_desc, out_desc, sw, sw_stride, partial, counters, num_k,
+    STAGES: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """Grid: (tiles of 64 rows of w, SPLIT, tiles of tokens). num_k: blocks of 128 of K."""
     w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES, 64, 128], w_desc.layout)
@@ -237,8 +246,8 @@ def swap_kernel(
     gl.warp_specialize(
         [
             (_multiply, (
-                w_bufs, x_bufs, sx_bufs, sw, out, out_stride, m_rows, n_rows, partial, counters,
-                empty, full, w_row, row, count, SPLIT)),
+                out_desc, w_bufs, x_bufs, sx_bufs, sw, partial, counters, empty, full, w_row, row,
+                count, SPLIT)),
             (_load, (
                 w_desc, x_desc, sx_desc, w_bufs, x_bufs, sx_bufs, empty, full, w_row, row, first,
                 count)),

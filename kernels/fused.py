@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor, dtype, float32
 
 from . import reference
-from .compat import has_fp8, runs_kernels
+from .compat import has_fp8, overlap, runs_kernels, wait_previous
 from .quant import empty_scale, quantize_1x128, store_quantized
 
 SILU_GROUPS = 8
@@ -93,7 +93,7 @@ def _launch_norm(
         x, residual, weight, out, total, scale, normed, eps, x.stride(0),
         0 if residual is None else residual.stride(0),
         *((0, 0) if scale is None else scale.stride()), WIDTH=width, GROUPS=groups,
-        UE8M0=ue8m0, num_warps=norm_warps(groups)
+        UE8M0=ue8m0, num_warps=norm_warps(groups), **overlap(x)
     )  # fmt: skip
     return out
 
@@ -132,7 +132,7 @@ def _launch_silu(gate_up: Tensor, scale: Tensor | None, ue8m0: bool) -> Tensor:
     _silu_mul[(num_tokens, triton.cdiv(width, groups * reference.BLOCK))](
         gate_up, out, scale, gate_up.stride(0),
         *((0, 0) if scale is None else scale.stride()), WIDTH=width, GROUPS=groups,
-        UE8M0=ue8m0, num_warps=max(groups // 2, 1)
+        UE8M0=ue8m0, num_warps=max(groups // 2, 1), **overlap(gate_up)
     )  # fmt: skip
     return out
 
@@ -168,7 +168,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -
         x, cos, sin, out, x.stride(0), x.stride(1) if x.dim() == 3 else 0, out.stride(0),
         out.stride(1) if x.dim() == 3 else 0, num_heads=heads, WIDTH=x.shape[-1],
         HEADS=tile, PAIRS=triton.next_power_of_2(x.shape[-1] // 2),
-        num_warps=max(tile // 4, 1)
+        num_warps=max(tile // 4, 1), **overlap(x)
     )  # fmt: skip
     return out
 
@@ -182,7 +182,7 @@ def embedding(weight: Tensor, ids: Tensor, out_dtype: dtype) -> Tensor:
     width = weight.shape[1]
     out = torch.empty(ids.shape[0], width, dtype=out_dtype, device=weight.device)
     grid = (ids.shape[0], triton.cdiv(width, EMBED_BLOCK))
-    _embedding[grid](weight, ids, out, WIDTH=width, BLOCK=EMBED_BLOCK)
+    _embedding[grid](weight, ids, out, WIDTH=width, BLOCK=EMBED_BLOCK, **overlap(weight))
     return out
 
 
@@ -256,14 +256,15 @@ def _weighted(x, weight, eps, WIDTH: tl.constexpr, dtype: tl.constexpr):
 def _norm(
     x, residual, weight, out, total, scale, plain, eps, x_stride, residual_stride,
     scale_token_stride, scale_group_stride, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
-    UE8M0: tl.constexpr
+    UE8M0: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
     at = group[:, None] * 128 + tl.arange(0, 128)[None, :]
     mask = at < WIDTH
     dtype: tl.constexpr = x.dtype.element_ty
-    factor = tl.load(weight + at, mask, 0.0)
+    factor = tl.load(weight + at, mask, 0.0)  # no kernel writes it: it may come early
+    wait_previous(PDL)
     value = tl.load(x + token * x_stride + at, mask, 0.0).to(tl.float32)
     if residual is not None:
         value += tl.load(residual + token * residual_stride + at, mask, 0.0).to(tl.float32)
@@ -284,8 +285,9 @@ def _norm(
 @triton.jit
 def _silu_mul(
     gate_up, out, scale, stride, scale_token_stride, scale_group_stride, WIDTH: tl.constexpr,
-    GROUPS: tl.constexpr, UE8M0: tl.constexpr
+    GROUPS: tl.constexpr, UE8M0: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
+    wait_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     at = group[:, None] * 128 + tl.arange(0, 128)[None, :]
@@ -322,8 +324,9 @@ def _angles(cos, sin, token, WIDTH: tl.constexpr, PAIRS: tl.constexpr):
 @triton.jit
 def _rope(
     x, cos, sin, out, x_token_stride, x_head_stride, out_token_stride, out_head_stride,
-    num_heads, WIDTH: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr
+    num_heads, WIDTH: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
+    wait_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     column = tl.arange(0, 2 * PAIRS)[None, :]
@@ -336,7 +339,8 @@ def _rope(
 
 
 @triton.jit
-def _embedding(weight, ids, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _embedding(weight, ids, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    wait_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(ids + token).to(tl.int64)

@@ -14,9 +14,6 @@ from .fp8_gemm_dot import dequant_gemm_nt, fp8_gemm_nt_dot
 from .fp8_gemm_swap import fp8_gemm_nt_swap
 from .quant import quantize_1x128
 
-SWAP_MAX_TOKENS = 128
-"""From here on the tokens fill the large operand of wgmma."""
-
 
 def linear(
     x: Tensor, w: Tensor, w_scale: Tensor | None, act_quant: bool = False, ue8m0: bool = False
@@ -61,8 +58,7 @@ def fp8_gemm_nt(
 
 def streams_weight(m: int, n: int) -> bool:
     """Few tokens, or a weight so small that the dense kernel's tiles would leave SMs idle."""
-    tiles = -(-m // 128) * -(-n // 64)
-    return m <= SWAP_MAX_TOKENS or (m <= 4 * SWAP_MAX_TOKENS and tiles <= 33)
+    return m <= 64 or (m <= 256 and n <= 1024)
 
 
 def adjacent(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .compat import num_sms
 
@@ -164,6 +164,7 @@ def combine_kernel(
     no key -> out: [B, rows, R]; rows of sequences with no slots are left alone.
     grid: (B, rows / HB)."""
     if PDL:
+        gdc_launch_dependents()
         gdc_wait()
     b = tl.program_id(0)
     first = tl.load(splits + 2 * b)
@@ -198,10 +199,13 @@ def combine(schedule: Schedule, partial: Tensor, lse: Tensor, out: Tensor) -> No
     that it starts under the tail of the kernel before it, where the device can do that."""
     batch, rows, rank = out.shape
     assert partial.is_contiguous() and lse.is_contiguous() and out.is_contiguous()
-    hb, sb = (1, 8) if batch * rows <= 4096 else (4, 4)
+    hb, sb, warps = (4, 4, 4)
+    if batch * rows <= 4096:
+        # Few slots a sequence can have, or many.
+        hb, sb, warps = (1, 4, 2) if schedule.items.shape[0] < 8 * batch else (1, 8, 4)
     pdl = out.is_cuda and torch.cuda.get_device_capability(out.device) >= (9, 0)
     combine_kernel[(batch, triton.cdiv(rows, hb))](
         partial, lse, schedule.splits, out, rows, R=rank, HB=hb, SB=sb,
-        RP=max(16, triton.next_power_of_2(rank)), PDL=pdl, num_warps=4,
+        RP=max(16, triton.next_power_of_2(rank)), PDL=pdl, num_warps=warps,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

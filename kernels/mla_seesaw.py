@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .compat import LOW_REGISTERS, tma_load, tma_store
 from .mla_schedule import Schedule, Tiling
@@ -163,14 +163,14 @@ def _store_half(o, halves, desc, row, WG: gl.constexpr):
 @gluon.jit
 def _consume(
     qn, qr, halves, ropes, shared, ready, free, summed, handed, q_bar, out_desc, partial_desc,
-    lse_ptr, out_row, partial_row, slot, begin, limit, rounds, scale_log2, WG: gl.constexpr
+    lse_ptr, out_row, partial_row, slot, begin, end, limit, rounds, scale_log2, WG: gl.constexpr
 ):  # fmt: skip
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     m = gl.full((64,), -1.0e30, gl.float32, ROW)
     norm = gl.full((64,), 0.0, gl.float32, ROW)
     o = gl.zeros((64, 256), gl.float32, O_LAYOUT)
     s = gl.zeros((64, 64), gl.float32, S_LAYOUT)
-    if rounds > 0:
+    if begin < end:
         mbarrier.wait(q_bar, 0)
     for it in range(rounds):
         phase = it & 1
@@ -229,6 +229,7 @@ def seesaw_kernel(
         mbarrier.init(handed.index(i), count=1)
     mbarrier.init(q_bar, count=1)
     fence_async_shared()
+    gdc_wait()  # until here under the tail of the kernel before this one
     b = gl.load(item)
     begin = gl.load(item + 1)
     end = gl.load(item + 2)
@@ -236,7 +237,7 @@ def seesaw_kernel(
     limit = gl.minimum(end, gl.load(seq_lens + b) - (query_len - 1 - row0 // heads))
     rounds = gl.cdiv(gl.maximum(limit - begin, 0), 128)
     out_row = b * rows + row0
-    if rounds > 0:
+    if begin < end:
         mbarrier.expect(q_bar, 2 * qn_desc.block_type.nbytes + qr_desc.block_type.nbytes)
         tma_load(qn_desc, [out_row, 0], q_bar, qn.index(0))
         tma_load(qn_desc, [out_row, 256], q_bar, qn.index(1))
@@ -248,10 +249,10 @@ def seesaw_kernel(
         (_produce, (half_desc, rope_desc, halves, ropes, free, ready, table, begin // 64, last,
                     rounds)),
         (_consume, (qn, qr, halves, ropes, shared, ready, free, summed, handed, q_bar, out_desc,
-                    partial_desc, lse, out_row, partial_row, slot, begin, limit, rounds,
+                    partial_desc, lse, out_row, partial_row, slot, begin, end, limit, rounds,
                     scale_log2, 0)),
         (_consume, (qn, qr, halves, ropes, shared, ready, free, summed, handed, q_bar, out_desc,
-                    partial_desc, lse, out_row, partial_row, slot, begin, limit, rounds,
+                    partial_desc, lse, out_row, partial_row, slot, begin, end, limit, rounds,
                     scale_log2, 1)),
     ], [4, 4], [232, 232])  # fmt: skip
 
@@ -290,7 +291,8 @@ def plan(
         "heads": heads, "query_len": query_len,
     }  # fmt: skip
     grid = (triton.cdiv(query_len * heads, 64), schedule.items.shape[0])
-    return grid, args, {"num_warps": 4, "ptx_options": LOW_REGISTERS}
+    options = {"num_warps": 4, "ptx_options": LOW_REGISTERS, "launch_pdl": True}
+    return grid, args, options
 
 
 def decode(

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .compat import LOW_REGISTERS, barrier, tma_load, tma_store
 from .mla_schedule import Schedule, Tiling
@@ -155,6 +155,7 @@ def transposed_kernel(
         mbarrier.init(free.index(i), count=1)
     mbarrier.init(q_bar, count=1)
     fence_async_shared()
+    gdc_wait()  # until here under the tail of the kernel before this one
     b = gl.load(item)
     begin = gl.load(item + 1)
     end = gl.load(item + 2)
@@ -211,7 +212,8 @@ def plan(
         "heads": heads, "query_len": query_len, "STAGES": STAGES,
     }  # fmt: skip
     grid = (triton.cdiv(query_len * heads, n), schedule.items.shape[0])
-    return grid, args, {"num_warps": 4, "maxnreg": 224, "ptx_options": LOW_REGISTERS}
+    options = {"num_warps": 4, "maxnreg": 224, "ptx_options": LOW_REGISTERS, "launch_pdl": True}
+    return grid, args, options
 
 
 def decode(

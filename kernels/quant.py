@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor, dtype
 
 from . import reference
-from .compat import has_fp8, runs_kernels
+from .compat import has_fp8, overlap, runs_kernels, wait_previous
 
 GROUPS = 16
 """Blocks of 128 that one program quantises."""
@@ -32,8 +32,9 @@ def quantize_1x128(
     scale = empty_scale(x, width, scale_k_major)
     grid = (num_tokens, triton.cdiv(scale.shape[1], GROUPS))
     _quantize[grid](
-        x, q, scale, x.stride(0), *scale.stride(), WIDTH=width, GROUPS=GROUPS, UE8M0=ue8m0
-    )
+        x, q, scale, x.stride(0), *scale.stride(), WIDTH=width, GROUPS=GROUPS, UE8M0=ue8m0,
+        **overlap(x)
+    )  # fmt: skip
     return q, scale
 
 
@@ -110,8 +111,9 @@ def store_quantized(x, group, q, scale, scale_stride, WIDTH: tl.constexpr, UE8M0
 @triton.jit
 def _quantize(
     x, q, scale, x_stride, scale_token_stride, scale_group_stride, WIDTH: tl.constexpr,
-    GROUPS: tl.constexpr, UE8M0: tl.constexpr
+    GROUPS: tl.constexpr, UE8M0: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
+    wait_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     at = group[:, None] * 128 + tl.arange(0, 128)[None, :]

@@ -1,9 +1,9 @@
 """Makes Triton's interpreter compute what a GPU does.
 
 In 3.6 and 3.7 it truncates float32 to bf16, loses the carry of the rounding to fp8, rounds between
-the two halves of an fma, and multiplies the raw bits of bf16 in `tl.dot`; 3.6 cannot `range` over a
-loaded number with numpy 2.4. `patch()` sends conversions through torch, widens fma and `tl.dot`, and
-mends `range`.
+the two halves of an fma, and multiplies the raw bits of bf16 in `tl.dot`; 3.6 cannot `range` over
+a loaded number with numpy 2.4. `patch()` sends conversions through torch, widens fma and `tl.dot`,
+and mends `range`.
 """
 
 import os

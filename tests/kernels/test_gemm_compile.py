@@ -6,7 +6,16 @@ from typing import Any
 import pytest
 import torch
 
-from dsd.kernels import fp8_gemm, fp8_gemm_dot, fp8_gemm_swap, gemm, moe_gemm
+from dsd.kernels import (
+    fp8_gemm,
+    fp8_gemm_dot,
+    fp8_gemm_swap,
+    fp8_gemm_work,
+    gemm,
+    moe_gemm,
+    moe_items,
+    split_k,
+)
 from dsd.tests.kernels.aot import MAX_SMEM, Report, compile_kernel
 
 pytestmark = pytest.mark.slow
@@ -34,20 +43,29 @@ def fits(report: Report) -> None:
     assert report.smem <= MAX_SMEM, report
 
 
-@pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize("tile", fp8_gemm.TILES, ids=str)
-def test_dense(tile: fp8_gemm.Tile, grouped: bool) -> None:
+@pytest.mark.parametrize("kind", ["whole", "split", "grouped"])
+@pytest.mark.parametrize("tile", fp8_gemm_work.TILES, ids=str)
+def test_dense(tile: fp8_gemm_work.Tile, kind: str) -> None:
     descriptors = fp8_gemm.describe(X, X_SCALE, W, OUT, tile)
-    table = TABLE if grouped else W_SCALE
-    waves = tile.bm // 128
+    table, split = TABLE if kind == "grouped" else W_SCALE, kind == "split"
+    waves, partial = tile.bm // 128, W_SCALE if split else OUT
+    sizes = (4, N // 128, N, K // 128, 132, 3)
     report = compile_kernel(
         fp8_gemm.dense_kernel,
-        (*descriptors, OUT, N, W_SCALE, K // 128, table, 4, N // 128, N, K // 128),
-        {"STAGES": tile.stages, "WAVES": waves, "ORDER": 8, "GROUPED": grouped},
+        (*descriptors, OUT, N, W_SCALE, K // 128, table, partial, TABLE, *sizes),
+        {
+            "STAGES": tile.stages,
+            "WAVES": waves,
+            "ORDER": 8,
+            "GROUPED": kind == "grouped",
+            "SPLIT": split,
+        },
         gluon=True,
+        launch_pdl=kind != "grouped",
     )
     fits(report)
-    assert report.opcodes["QGMMA"] == 8 * waves and report.opcodes["UTMALDG"] == 3
+    assert report.opcodes["QGMMA"] == 8 * waves
+    assert report.opcodes["UTMALDG"] == (3 if kind == "grouped" else 4)
     assert report.opcodes["FFMA"] >= tile.bm * tile.bn // 128
 
 
@@ -68,7 +86,8 @@ def test_swap(plan: fp8_gemm_swap.Plan) -> None:
         fp8_gemm_swap.swap_kernel,
         (
             *fp8_gemm_swap.describe(X, X_SCALE, W, plan.tokens),
-            *(W_SCALE, K // 128, OUT, N, W_SCALE, counters, M, N, K // 128),
+            fp8_gemm_swap.describe_out(OUT, plan.tokens),
+            *(W_SCALE, K // 128, OUT if plan.split == 1 else W_SCALE, counters, K // 128),
         ),
         {"STAGES": plan.stages, "SPLIT": plan.split},
         gluon=True,
@@ -76,7 +95,9 @@ def test_swap(plan: fp8_gemm_swap.Plan) -> None:
         launch_pdl=True,
     )
     fits(report)
-    assert report.opcodes["QGMMA"] == 4
+    assert report.opcodes["QGMMA"] == 4 and report.opcodes["UTMASTG"]
+    pairs = plan.tokens // 4 if plan.split > 1 else 0
+    assert report.opcodes["STG"] == pairs + (plan.split > 1), "pieces leave by 8 bytes a thread"
 
 
 @pytest.mark.parametrize("tokens", moe_gemm.SWAP_STAGES)
@@ -124,7 +145,7 @@ def test_dot(kind: str, arch: int, tokens: int, monkeypatch: pytest.MonkeyPatch)
 def test_item_table(arch: int) -> None:
     sizes = torch.empty(256, dtype=torch.int64)
     constexprs = {"BM": 16, "PADDED": 256}
-    fits(compile_kernel(moe_gemm.item_table_kernel, (sizes, TABLE, 256, 0), constexprs, arch))
+    fits(compile_kernel(moe_items.item_table_kernel, (sizes, TABLE, 256, 0), constexprs, arch))
 
 
 @pytest.mark.parametrize(("n", "k"), V3)
@@ -133,12 +154,22 @@ def test_every_shape_gets_a_plan_that_the_kernel_can_run(n: int, k: int) -> None
         plan = fp8_gemm_swap.choose_plan(m, n, k, H100_SMS)
         assert plan.split <= -(-k // 128), "every piece of K has a block"
         tiles = -(-n // 64) * -(-m // plan.tokens)
-        assert plan.split == 1 or tiles <= fp8_gemm_swap.MAX_COUNTERS
-        assert fp8_gemm.choose_tile(m, n, H100_SMS) in fp8_gemm.TILES
+        assert plan.split == 1 or tiles <= split_k.MAX_COUNTERS
+
+
+@pytest.mark.parametrize(("n", "k"), V3)
+def test_every_tile_of_a_map_is_in_its_work(n: int, k: int) -> None:
+    for m in (65, 128, 129, 300, 512, 1000, 4096, 8192):
+        tile, whole, pieces = fp8_gemm_work.choose_work(m, n, k, H100_SMS)
+        tiles = -(-m // tile.bm) * -(-n // tile.bn)
+        assert tile in fp8_gemm_work.TILES and 1 <= pieces <= -(-k // 128)
+        rest = tiles - whole
+        assert rest == 0 if pieces == 1 else whole % H100_SMS == 0 and 0 < rest < H100_SMS
+        assert 2 * rest <= split_k.MAX_COUNTERS
 
 
 def test_tile_scales() -> None:
     args = (torch.empty(64, 56), 56, 1, TABLE, torch.empty(56, 512), 512, 56)
     for bm, groups in ((16, 64), (128, 16)):
         tile = {"BM": bm, "GROUPS": groups}
-        fits(compile_kernel(moe_gemm.tile_scales_kernel, args, tile, 90))
+        fits(compile_kernel(moe_items.tile_scales_kernel, args, tile, 90))

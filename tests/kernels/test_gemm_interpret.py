@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from dsd.kernels import fp8_gemm_dot, gemm, moe_gemm, reference
+from dsd.kernels import fp8_gemm_dot, gemm, moe_gemm, moe_items, reference
 from dsd.kernels.quant import quantize_128x128
 from dsd.tests.kernels.interpreter import patch, run_interpreted
 
@@ -127,6 +127,6 @@ def test_item_table_cuts_each_group_by_itself(counts: list[int], bm: int) -> Non
             items = -(-count // bm)
             want += [[e, len(want), start, start + count]] * items
         num_rows = rows * len(counts) if slot else sum(counts)
-        table = moe_gemm.item_table(sizes if slot else sizes.cumsum(0), slot, num_rows, bm)
+        table = moe_items.item_table(sizes if slot else sizes.cumsum(0), slot, num_rows, bm)
         assert table[0, 0] == len(want) < len(table)
         assert table[1 : 1 + len(want)].tolist() == want
