@@ -77,6 +77,9 @@ class EngineConfig(_Section, frozen=True):
     cuda_graph_padding_enabled: bool = True
     cuda_graph_batch_sizes: tuple[Positive, ...] = ()
     print_iter_log: bool = False
+    check_numerics: bool = False
+    """Look for NaN in every layer of every step; slow."""
+    fp8_gemm: Literal["auto", "triton", "torch"] = "auto"
 
 
 class ParallelConfig(_Section, frozen=True):

@@ -305,6 +305,8 @@ class Node:
             pp_size=parallel.pp_size,
             attention_dp=parallel.enable_attention_dp,
             kv_cache_dtype=engine.kv_cache_dtype,
+            check_numerics=engine.check_numerics,
+            fp8_gemm=engine.fp8_gemm,
         )
 
     def _on_progress(self, progress: Progress) -> None:

@@ -76,6 +76,13 @@ FLAGS = (
         _choice("auto", "fp8"),
         "Of the KV cache.",
     ),
+    Flag(
+        ("--fp8-gemm",),
+        "engine",
+        "fp8_gemm",
+        _choice("auto", "triton", "torch"),
+        "Whose kernels for dense fp8 maps.",
+    ),
     Flag(("--tp-size", "--tp"), "parallel", "tp_size", int, "Tensor-parallel ranks."),
     Flag(("--ep-size", "--ep"), "parallel", "ep_size", int, "Expert-parallel ranks."),
     Flag(("--pp-size", "--pp"), "parallel", "pp_size", int, "Pipeline stages."),
@@ -95,6 +102,8 @@ SWITCHES = (
     Flag(("--enable-attention-dp",), "parallel", "enable_attention_dp", bool,
          "Attention-data parallelism."),
     Flag(("--print-iter-log",), "engine", "print_iter_log", bool, "Log every step."),
+    Flag(("--check-numerics",), "engine", "check_numerics", bool,
+         "Look for NaN in every layer; slow."),
 )  # fmt: skip
 
 YAML_SECTIONS = {

@@ -186,6 +186,10 @@ class Load(msgspec.Struct, frozen=True, array_like=True, tag="load"):
     attention_dp: bool = False
     kv_cache_dtype: str = "auto"
     """"auto": as the checkpoint says, else the activations'; "fp8"."""
+    check_numerics: bool = False
+    """Every pass is checked for NaN, eagerly."""
+    fp8_gemm: str = "auto"
+    """"auto" or "triton": our kernels; "torch": cuBLASLt's for dense maps."""
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True, tag="progress"):

@@ -12,6 +12,7 @@ from .compat import has_wgmma, runs_kernels
 from .fp8_gemm import fp8_gemm_nt_dense, tma_ready
 from .fp8_gemm_dot import dequant_gemm_nt, fp8_gemm_nt_dot
 from .fp8_gemm_swap import fp8_gemm_nt_swap
+from .moe_items import Tables
 from .quant import quantize_1x128
 
 
@@ -100,7 +101,7 @@ def grouped_fp8_linear(
     offsets: Tensor,
     out_dtype: torch.dtype,
     expected: float | None = None,
-    tables: moe_gemm.Tables | None = None,
+    tables: Tables | None = None,
 ) -> Tensor:
     """`grouped_linear` of rows that are quantised already: q [M, K] float8_e4m3fn, q_scale [M,
     ceil(K/128)] float32, any layout. tables: shared by maps over the same offsets and M."""

@@ -12,6 +12,8 @@ from . import graphs, kv_cache, loader, memory
 from .config import CheckpointError, ModelConfig
 from .deepseek import DeepseekV3
 from .kv_cache import KVCache
+from .layers import Arithmetic
+from .numerics import Numerics
 from .parallel import Layout
 from .rehearsal import Rehearsal
 from .rows import Rows
@@ -47,7 +49,9 @@ def build(load: Load, report: Report) -> tuple[Runner, Ready]:
         weights = loader.load(config, model_dir, dtype, device, done, layout)
     config = layout.local(config)
     report("building", 0, 0)
-    model = DeepseekV3(config, weights, dtype, limits.max_seq_len, act_quant)
+    numerics = Numerics() if load.check_numerics else None
+    arithmetic = Arithmetic(dtype, act_quant and config.fp8, config.ue8m0, load.fp8_gemm == "torch")
+    model = DeepseekV3(config, weights, arithmetic, limits.max_seq_len, numerics)
     num_parameters = sum(w.numel() for n, w in weights.items() if not n.endswith(".scale"))
     weight_bytes = sum(weight.nbytes for weight in weights.values())
     del weights  # the model holds what it needs
@@ -136,7 +140,7 @@ def _cache(
 
 
 def _graph_sizes(load: Load, max_batch_size: int) -> list[int]:
-    if not load.use_cuda_graph:
+    if not load.use_cuda_graph or load.check_numerics:
         return []
     named = [size for size in load.cuda_graph_batch_sizes if size <= max_batch_size]
     return sorted(named) or graphs.default_sizes(max_batch_size)
@@ -194,6 +198,8 @@ def _notes(config: ModelConfig, load: Load, act_quant: bool, device: torch.devic
         notes.append("hf_quant_config.json asks for an fp8 KV cache; it is kept unquantised")
     if config.num_nextn_predict_layers:
         notes.append("the MTP layers of the checkpoint are not used by this version")
+    if load.check_numerics:
+        notes.append("every pass is checked for NaN: steps are eager and wait for the device")
     if device.type == "cpu":
         notes.append(f"the model runs on {torch.get_num_threads()} CPU threads")
     return notes

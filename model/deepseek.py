@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from ..kernels import fused, gemm
@@ -13,6 +12,7 @@ from .kv_cache import KVCache
 from .layers import MLP, Arithmetic, Quantized, RMSNorm
 from .mla import MLA
 from .moe import MoE
+from .numerics import Numerics
 from .rope import tables
 
 
@@ -20,7 +20,8 @@ class DecoderLayer:
     def __init__(
         self, config: ModelConfig, weights: Mapping[str, Tensor], layer: int, arithmetic: Arithmetic
     ) -> None:
-        name, eps = f"layers.{layer}", config.rms_norm_eps
+        self.name = name = f"layers.{layer}"
+        eps = config.rms_norm_eps
         self.input_norm = RMSNorm(weights[f"{name}.input_layernorm"], eps, arithmetic)
         self.attn = MLA(config, weights, f"{name}.attn", arithmetic)
         post_norm = weights[f"{name}.post_attention_layernorm"]
@@ -38,6 +39,7 @@ class DecoderLayer:
         batch: ForwardBatch,
         cache: Tensor,
         schedule: Schedule | None,
+        numerics: Numerics | None,
     ) -> tuple[Tensor, Tensor]:
         """x: [T, hidden], the last layer's output that is not yet added to `residual`."""
         normed: Tensor | Quantized
@@ -46,8 +48,12 @@ class DecoderLayer:
         else:
             normed, _, residual = self.input_norm.add(x, residual)
         x = self.attn(normed, batch, cache, schedule)
+        if numerics is not None:
+            numerics.check(f"{self.name}.self_attn", x)
         normed, plain, residual = self.post_attn_norm.add(x, residual)
         x = self.mlp(normed, plain) if isinstance(self.mlp, MoE) else self.mlp(normed)
+        if numerics is not None:
+            numerics.check(f"{self.name}.mlp", x)
         return x, residual
 
 
@@ -58,13 +64,14 @@ class DeepseekV3:
         self,
         config: ModelConfig,
         weights: Mapping[str, Tensor],
-        dtype: torch.dtype,
+        arithmetic: Arithmetic,
         max_seq_len: int,
-        act_quant: bool = False,
+        numerics: Numerics | None = None,
     ) -> None:
-        arithmetic = Arithmetic(dtype, act_quant and config.fp8, config.ue8m0)
+        self.numerics = numerics
+        """Checks what each layer adds, if there is one."""
         self.config = config
-        self.dtype = dtype
+        self.dtype = arithmetic.dtype
         self.embed = weights["embed"]
         self.layers = [
             DecoderLayer(config, weights, layer, arithmetic)
@@ -78,12 +85,17 @@ class DeepseekV3:
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         """Hidden states [T, hidden] after the final norm; writes the tokens' KV into the cache."""
         x = fused.embedding(self.embed, batch.inputs.input_ids, self.dtype)
+        if self.numerics is not None:
+            self.numerics.check("embed", x)
         schedule = self.layers[0].attn.schedule(batch, cache.layers[0])
         residual: Tensor | None = None
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x, residual = layer(x, residual, batch, layer_cache, schedule)
+            x, residual = layer(x, residual, batch, layer_cache, schedule, self.numerics)
         assert residual is not None
         normed, _ = fused.add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)
+        if self.numerics is not None:
+            self.numerics.check("norm", normed)
+            self.numerics.finish()
         return normed
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from ..kernels import fused, gemm, moe_route
 from ..kernels.compat import has_wgmma
-from ..kernels.moe_gemm import Tables
+from ..kernels.fp8_gemm_torch import fp8_gemm_nt_torch
+from ..kernels.moe_items import Tables
+from ..kernels.quant import quantize_1x128
 
 
 class Quantized(NamedTuple):
@@ -32,6 +34,8 @@ class Arithmetic:
     Else fp8 weights are dequantised as they are used."""
     ue8m0: bool
     """Scales of activations are powers of two."""
+    library: bool = False
+    """Multiply in fp8 with torch's library instead of our kernels, where the map is dense."""
 
 
 class Linear:
@@ -51,7 +55,10 @@ class Linear:
         mode = self._arithmetic
         if isinstance(x, Quantized):
             assert self.scale is not None
-            return gemm.fp8_gemm_nt(x.values, x.scale, self.weight, self.scale, mode.dtype)
+            multiply = fp8_gemm_nt_torch if mode.library else gemm.fp8_gemm_nt
+            return multiply(x.values, x.scale, self.weight, self.scale, mode.dtype)
+        if mode.library and mode.fp8 and self.scale is not None:
+            return self(Quantized(*quantize_1x128(x, mode.ue8m0)))
         return gemm.linear(x, self.weight, self.scale, mode.fp8, mode.ue8m0)
 
     def grouped(

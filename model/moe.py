@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ..kernels import gemm, moe_route
-from ..kernels.moe_gemm import Tables
+from ..kernels.moe_items import Tables
 from .config import ModelConfig
 from .layers import MLP, Arithmetic, Linear, Quantized, gather_rows, silu_mul
 

@@ -78,7 +78,7 @@ def spellings(name: str) -> list[str]:
 def test_flag_sets_its_key_in_every_spelling(configured, small_checkpoint, tmp_path, flag) -> None:
     values = {str: "x", int: "1", float: "0.5"}
     by_key = {"device": "cpu", "dtype": "float32", "act_quant": "none", "kv_cache_dtype": "auto",
-              "load_format": "dummy",
+              "load_format": "dummy", "fp8_gemm": "torch",
               "level": "error", "format": "json", "block_size": "32", "host": "127.0.0.1",
               "runtime_dir": str(tmp_path), "uds": str(tmp_path / "u")}  # fmt: skip
     value = by_key.get(flag.key) or values[flag.kind]

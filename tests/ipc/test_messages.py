@@ -73,6 +73,8 @@ MESSAGES: dict[str, Any] = {
         2,
         True,
         "fp8",
+        True,
+        "torch",
     ),
     "progress": Progress(1, "loading", 10, 2**40),
     "ready": Ready(
@@ -96,8 +98,8 @@ MESSAGES: dict[str, Any] = {
 GOLDEN = {
     "hello": "94a568656c6c6f01cd109200",
     "load": (
-        "dc0014a46c6f616401a22f6da46175746fa7666c6f61743332a46e6f6e6508cd0100cd100040cb3ff800"
-        "0000000000cb3fec000000000000a564756d6d79c2920108080402c3a3667038"
+        "dc0016a46c6f616401a22f6da46175746fa7666c6f61743332a46e6f6e6508cd0100cd100040cb3ff800"
+        "0000000000cb3fec000000000000a564756d6d79c2920108080402c3a3667038c3a5746f726368"
     ),
     "progress": "95a870726f677265737301a76c6f6164696e670acf0000010000000000",
     "ready": (
@@ -159,7 +161,7 @@ def test_message_of_a_later_protocol_with_more_fields_is_understood(name) -> Non
     assert msgspec.msgpack.decode(later, type=union_of(MESSAGES[name])) == MESSAGES[name]
 
 
-@pytest.mark.parametrize(("name", "num_defaults"), [("load", 8), ("ready", 2), ("step_output", 4)])
+@pytest.mark.parametrize(("name", "num_defaults"), [("load", 10), ("ready", 2), ("step_output", 4)])
 def test_message_of_an_earlier_protocol_without_the_last_fields_is_understood(
     name, num_defaults
 ) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dsd.kernels.fp8_gemm_torch import fp8_gemm_nt_torch
 from dsd.kernels.gemm import grouped_linear, linear
 from dsd.kernels.quant import dequantize_128x128, quantize_1x128, quantize_128x128
 from dsd.kernels.reference import fp8_gemm_nt
@@ -108,3 +109,12 @@ def test_grouped_linear_equals_linear_group_by_group(
         for e, rows in enumerate(x.split(counts))
     ]
     close(got, torch.cat(parts), "exact")
+
+
+@pytest.mark.parametrize("shape", [(1, 128, 128), (7, 130, 257), (33, 256, 384)])
+def test_torchs_fp8_gemm_equals_ours(shape: tuple[int, int, int], close) -> None:
+    m, n, k = shape
+    x, x_scale = quantize_1x128(torch.randn(m, k))
+    w, w_scale = quantize_128x128(torch.randn(n, k))
+    got = fp8_gemm_nt_torch(x, x_scale, w, w_scale, torch.float32)
+    close(got, fp8_gemm_nt(x, x_scale, w, w_scale, torch.float32), "float32")

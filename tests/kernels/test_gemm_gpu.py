@@ -12,6 +12,7 @@ from dsd.kernels import fp8_gemm_dot, gemm, moe_gemm, quant, reference
 from dsd.kernels.bf16_gemm import gemm_nt
 from dsd.kernels.fp8_gemm import fp8_gemm_nt_dense
 from dsd.kernels.fp8_gemm_swap import fp8_gemm_nt_swap
+from dsd.kernels.fp8_gemm_torch import fp8_gemm_nt_torch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -335,3 +336,13 @@ def test_chain_of_programmatic_launches_equals_one_by_one() -> None:
         x.copy_(rand(8, 1024))
         graph.replay()
         assert torch.equal(out, chain(True)) and torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("m", [1, 2, 5, 16, 100, 1000])
+@pytest.mark.parametrize(("n", "k"), [(2112, 7168), (7168, 2048), (7168, 2304), (576, 512)])
+def test_torchs_fp8_gemm_equals_its_twin(m: int, n: int, k: int, close) -> None:
+    needs_hopper()
+    x, x_scale = quant.quantize_1x128(rand(m, k), scale_k_major=True)
+    w, w_scale = weight(n, k)
+    got = fp8_gemm_nt_torch(x, x_scale, w, w_scale, BF16)
+    close(got, reference.fp8_gemm_nt(x, x_scale, w, w_scale, BF16), "bfloat16")
