@@ -161,7 +161,10 @@ def product(
     return acc
 
 
-@triton.jit(do_not_specialize=["num_m", "num_n", "m_rows"])
+@triton.jit(
+    do_not_specialize=["num_m", "num_n", "m_rows", "xs_stride", "xs_step"],
+    do_not_specialize_on_alignment=["xs", "ws", "table"],
+)
 def dot_kernel(
     x, xs, w, ws, out, table, num_m, num_n, m_rows, n_rows, k_size,
     x_stride, xs_stride, xs_step, w_group_stride, w_stride, ws_group_stride, ws_stride, out_stride,

@@ -252,7 +252,7 @@ def _weighted(x, weight, eps, WIDTH: tl.constexpr, dtype: tl.constexpr):
     return (normed * weight.to(dtype).to(tl.float32)).to(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_token_stride", "scale_group_stride"])
 def _norm(
     x, residual, weight, out, total, scale, plain, eps, x_stride, residual_stride,
     scale_token_stride, scale_group_stride, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
@@ -282,7 +282,7 @@ def _norm(
         store_quantized(normed.to(tl.float32), group, out, scale, scale_group_stride, WIDTH, UE8M0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_token_stride", "scale_group_stride"])
 def _silu_mul(
     gate_up, out, scale, stride, scale_token_stride, scale_group_stride, WIDTH: tl.constexpr,
     GROUPS: tl.constexpr, UE8M0: tl.constexpr, PDL: tl.constexpr
@@ -321,7 +321,7 @@ def _angles(cos, sin, token, WIDTH: tl.constexpr, PAIRS: tl.constexpr):
     return tl.load(cos + at, mask, 0.0), tl.load(sin + at, mask, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["cos", "sin"])
 def _rope(
     x, cos, sin, out, x_token_stride, x_head_stride, out_token_stride, out_head_stride,
     num_heads, WIDTH: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, PDL: tl.constexpr
@@ -338,7 +338,7 @@ def _rope(
     tl.store(out + at, rotated.to(value.dtype), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["ids"])
 def _embedding(weight, ids, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     wait_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
@@ -348,7 +348,7 @@ def _embedding(weight, ids, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: 
     tl.store(out + token * WIDTH + at, value.to(out.dtype.element_ty), at < WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slot_mapping"])
 def _store_latent(
     cache, kv_latent, k_pe, slot_mapping, latent_stride, pe_stride, RANK: tl.constexpr,
     ROPE: tl.constexpr, RANK_BLOCK: tl.constexpr, ROPE_BLOCK: tl.constexpr
@@ -363,7 +363,7 @@ def _store_latent(
     tl.store(entry + RANK + at, rope.to(cache.dtype.element_ty), at < ROPE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["cos", "sin", "slot_mapping"])
 def _norm_rope_store(
     kv_a, weight, cos, sin, cache, slot_mapping, kv_latent, k_pe, eps, stride,
     RANK: tl.constexpr, ROPE: tl.constexpr, RANK_BLOCK: tl.constexpr, PAIRS: tl.constexpr

@@ -3,6 +3,8 @@
 Which kernel computes a map is decided here and in `moe_gemm.launch`, by shapes and card alone.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, float8_e4m3fn
 
@@ -11,7 +13,8 @@ from .bf16_gemm import gemm_nt
 from .compat import has_wgmma, runs_kernels
 from .fp8_gemm import fp8_gemm_nt_dense, tma_ready
 from .fp8_gemm_dot import dequant_gemm_nt, fp8_gemm_nt_dot
-from .fp8_gemm_swap import fp8_gemm_nt_swap
+from .fp8_gemm_swap import choose_plan, fp8_gemm_nt_swap
+from .fp8_gemm_work import choose_work
 from .moe_items import Tables
 from .quant import quantize_1x128
 
@@ -60,6 +63,26 @@ def fp8_gemm_nt(
 def streams_weight(m: int, n: int) -> bool:
     """Few tokens, or a weight so small that the dense kernel's tiles would leave SMs idle."""
     return m <= 64 or (m <= 256 and n <= 1024)
+
+
+def warm_up_tokens(maps: Iterable[tuple[int, int]], most: int, sms: int) -> list[int]:
+    """A few numbers of tokens with which fp8 maps of these (N, K) use, on Hopper, every kernel that
+    they use with 1 ... most tokens: after them, none is compiled."""
+
+    def kernel(m: int, n: int, k: int) -> object:
+        if streams_weight(m, n):
+            return choose_plan(m, n, k, sms)
+        tile, _, pieces = choose_work(m, n, k, sms)
+        return tile, pieces > 1
+
+    maps, met, counts = list(maps), set(), []
+    # Between these nothing changes.
+    for m in (1, 9, 17, 33, *range(65, most + 1, 64)):
+        used = {kernel(m, n, k) for n, k in maps}
+        if not used <= met:
+            met |= used
+            counts.append(m)
+    return counts
 
 
 def adjacent(x: Tensor) -> Tensor:

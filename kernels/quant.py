@@ -108,7 +108,7 @@ def store_quantized(x, group, q, scale, scale_stride, WIDTH: tl.constexpr, UE8M0
     tl.store(scale + group * scale_stride, scales, group * 128 < WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_token_stride", "scale_group_stride"])
 def _quantize(
     x, q, scale, x_stride, scale_token_stride, scale_group_stride, WIDTH: tl.constexpr,
     GROUPS: tl.constexpr, UE8M0: tl.constexpr, PDL: tl.constexpr

@@ -182,7 +182,10 @@ def _angles(cos, sin, cos_out, sin_out, position, token, PAIRS: tl.constexpr, BL
     tl.store(sin_out + to, tl.load(sin + at, live), live)
 
 
-@triton.jit(do_not_specialize=["null", "ids_stride", "table_stride", "out_table_stride"])
+@triton.jit(
+    do_not_specialize=["null", "ids_stride", "table_stride", "out_table_stride"],
+    do_not_specialize_on_alignment=["rows", "seq_lens"],
+)
 def _decode_inputs(
     token_ids, num_computed, block_table, rows, cos, sin, input_ids, positions, slots, cos_out,
     sin_out, out_table, seq_lens, null, ids_stride, table_stride, out_table_stride,
@@ -211,7 +214,9 @@ def _decode_inputs(
     tl.store(num_computed + row, position + 1, mask=real)
 
 
-@triton.jit(do_not_specialize=["ids_stride", "table_stride"])
+@triton.jit(
+    do_not_specialize=["ids_stride", "table_stride"], do_not_specialize_on_alignment=["chunks"]
+)
 def _chunk_inputs(
     token_ids, num_computed, block_table, chunks, cos, sin, input_ids, positions, slots, cos_out,
     sin_out, ids_stride, table_stride, SIZE: tl.constexpr, PAIRS: tl.constexpr,

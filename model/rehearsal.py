@@ -14,6 +14,10 @@ MAX_LOGPROBS = 20
 """Alternatives that a request may ask for with each token of its prompt."""
 
 
+KINDS_OF_SIZES = (7, 9, 17, 19, 33, 57, 65, 129, 257, 385, 513, 769)
+"""Numbers of tokens for which kernels have variants beside those of the powers of two."""
+
+
 class Rehearsal:
     def __init__(self, runner: Runner, max_num_tokens: int, max_seq_len: int) -> None:
         self._runner = runner
@@ -40,11 +44,12 @@ class Rehearsal:
         self._runner.decode(self._runner.rows.null)
 
     def all_sizes(self, report: Callable[[int, int], None]) -> None:
-        """Chunks of every power of two, alone and behind a cached prefix; and what only some
+        """Chunks of every kind of size, alone and behind a cached prefix; and what only some
         requests ask for. `report`: how many passes are done, of how many."""
         rows = self._runner.rows
-        sizes = [1 << i for i in range(self._longest.bit_length())]
-        for done, size in enumerate(sizes):
+        sizes = {1 << i for i in range(self._longest.bit_length())} | {self._longest}
+        sizes |= {size for size in KINDS_OF_SIZES if size <= self._longest}
+        for done, size in enumerate(sorted(sizes)):
             report(done, len(sizes))
             cached = min(CONTEXT_TOKENS, self._max_seq_len - size, 1000)
             self._pass([(0, size)])

@@ -1,0 +1,251 @@
+"""A small run of every kernel, for tools and tests that look at kernels rather than time them.
+
+RUNS[name](m, device) makes tensors for m tokens (rows, sequences) and runs the kernels of that name
+once. Nothing is compared: that is `tests/kernels`' work. Tensors are as long as they must be, so
+that an access behind them is behind an allocation too; lists of integers are slices of a longer
+tensor at an offset that changes with m, as those of a step are.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..kernels import (
+    fp8_gemm,
+    fp8_gemm_dot,
+    fp8_gemm_swap,
+    fused,
+    gemm,
+    mla,
+    moe_gemm,
+    moe_route,
+    quant,
+    sample,
+    step,
+)
+from ..kernels.fp8_gemm_work import TILES, Work
+
+Run = Callable[[int, str], object]
+
+BF16, FP8, F32 = torch.bfloat16, torch.float8_e4m3fn, torch.float32
+N, K = 328, 1040
+"""Of linear maps: no multiple of any tile."""
+EXPERTS, TOP_K = 8, 2
+WARM_TOKENS = (1, 7, 9, 17, 19, 33, 57, 65, 129, 257)
+"""After these numbers of tokens, no run of up to 300 meets a kernel that was not compiled."""
+RANK, ROPE, BLOCK = 512, 64, 64
+HIDDEN, VOCAB = 1000, 5003
+
+
+def zeros(device: str, *shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def at_an_offset(values: Tensor, m: int) -> Tensor:
+    room = values.new_zeros(m % 4 + values.numel())
+    room[m % 4 :] = values.flatten()
+    return room[m % 4 :].view(values.shape)
+
+
+def weight(device: str, *lead: int) -> tuple[Tensor, Tensor]:
+    scale = torch.ones(*lead, -(-N // 128), -(-K // 128), device=device)
+    return zeros(device, *lead, N, K, dtype=FP8), scale
+
+
+def quantised(m: int, device: str) -> tuple[Tensor, Tensor]:
+    return quant.quantize_1x128(zeros(device, m, K), scale_k_major=True)
+
+
+# ---- GEMMs --------------------------------------------------------------------------------------
+
+
+def dense(m: int, device: str) -> None:
+    """Tiles of every shape, whole and all in pieces of K."""
+    w, w_scale = weight(device)
+    for tile in TILES:
+        tiles = -(-m // tile.bm) * -(-N // tile.bn)
+        for work in (Work(tile, tiles, 1), Work(tile, 0, 3)):
+            out = zeros(device, m, N)
+            fp8_gemm.fp8_gemm_nt_dense(*quantised(m, device), w, w_scale, out, work)
+
+
+def swap(m: int, device: str) -> None:
+    """With and without pieces of K."""
+    w, w_scale = weight(device)
+    tokens = min(t for t in fp8_gemm_swap.MAX_REGISTERS if m <= t or t == 64)
+    for split in (1, 3):
+        plan = fp8_gemm_swap.Plan(tokens, 4, split)
+        out = zeros(device, m, N)
+        fp8_gemm_swap.fp8_gemm_nt_swap(*quantised(m, device), w, w_scale, out, plan)
+
+
+def dot(m: int, device: str) -> None:
+    w, w_scale = weight(device)
+    fp8_gemm_dot.fp8_gemm_nt_dot(*quantised(m, device), w, w_scale, zeros(device, m, N))
+    for dtype in (BF16, F32):
+        fp8_gemm_dot.dequant_gemm_nt(zeros(device, m, K, dtype=dtype), w, w_scale)
+
+
+def linear(m: int, device: str) -> None:
+    """As the model calls it."""
+    gemm.linear(zeros(device, m, K), *weight(device), act_quant=True)
+
+
+def experts_contiguous(m: int, device: str) -> None:
+    """m rows to each expert but the last, which has none."""
+    rows, (w, w_scale) = EXPERTS * m, weight(device, EXPERTS)
+    ends = torch.arange(1, EXPERTS + 1, device=device).clamp(max=EXPERTS - 1) * m
+    ends, out = at_an_offset(ends, m), zeros(device, rows, N)
+    moe_gemm.grouped_fp8_gemm_nt_contiguous(*quantised(rows, device), w, w_scale, ends, out)
+    x = zeros(device, rows, K)
+    moe_gemm.grouped_gemm_nt_contiguous(x, w, ends, out, w_scale)
+    moe_gemm.grouped_gemm_nt_contiguous(x, zeros(device, EXPERTS, N, K), ends, out)
+
+
+def experts_slots(m: int, device: str) -> None:
+    w, w_scale = weight(device, EXPERTS)
+    x, x_scale = (t.unflatten(0, (EXPERTS, m)) for t in quantised(EXPERTS * m, device))
+    counts = at_an_offset(torch.arange(EXPERTS, device=device, dtype=torch.int32) % (m + 1), m)
+    out = zeros(device, EXPERTS, m, N)
+    moe_gemm.grouped_fp8_gemm_nt_masked(x, x_scale, w, w_scale, counts, out)
+    x, w = zeros(device, EXPERTS, m, K), zeros(device, EXPERTS, N, K)
+    moe_gemm.grouped_gemm_nt_masked(x, w, counts, out)
+
+
+# ---- attention ----------------------------------------------------------------------------------
+
+
+def decode(heads: int, query_len: int = 1, block: int = BLOCK) -> Run:
+    """Lengths of 0 to 299 tokens in the pages of a cache that ends with the last one's page."""
+
+    def run(m: int, device: str) -> None:
+        lens = torch.arange(m, device=device, dtype=torch.int32) * 101 % 300
+        pages = -(-300 // block)
+        table = torch.arange(m * pages, device=device, dtype=torch.int32).view(m, pages)
+        cache = zeros(device, m * pages, block, RANK + ROPE)
+        shape = (m, heads) if query_len == 1 else (m, query_len, heads)
+        q, lens = zeros(device, *shape, RANK + ROPE), at_an_offset(lens, m)
+        mla.mla_decode(q, cache, at_an_offset(table, m), lens, RANK, 0.1)
+
+    return run
+
+
+def prefill(m: int, device: str) -> None:
+    q, kv = zeros(device, m, 16, 192), zeros(device, m + 70, 16, 320)
+    k, v = kv.split([192, 128], dim=-1)
+    a, a_lse = mla.mla_prefill(q, k, v, 0.1, True)
+    mla.merge_attention(a, a_lse, *mla.mla_prefill(q, k, v, 0.1, False))
+    ends = torch.tensor([0, m // 2, m], device=device, dtype=torch.int32)
+    ends = at_an_offset(ends, m)
+    mla.mla_prefill_varlen(q, k, v, ends, ends, m, 0.1, True)
+
+
+def gather(m: int, device: str) -> None:
+    pages = -(-m // BLOCK) + 1
+    table = at_an_offset(torch.arange(pages, device=device, dtype=torch.int32), m)
+    mla.gather_latent(zeros(device, pages, BLOCK, RANK + ROPE), table, 1, m + 1)
+
+
+# ---- per token ----------------------------------------------------------------------------------
+
+
+def quantisation(m: int, device: str) -> None:
+    for k_major in (False, True):
+        quant.quantize_1x128(zeros(device, m, K), scale_k_major=k_major)
+    quant.dequantize_128x128(*weight(device), BF16)
+
+
+def norms(m: int, device: str) -> None:
+    x, w = zeros(device, m, HIDDEN), zeros(device, HIDDEN)
+    fused.rms_norm(x, w, 1e-6)
+    fused.add_rms_norm(x, x, w, 1e-6)
+    for k_major in (False, True):
+        fused.rms_norm_quant(x, w, 1e-6, scale_k_major=k_major)
+        fused.add_rms_norm_quant(x, x, w, 1e-6, scale_k_major=k_major)
+
+
+def activation(m: int, device: str) -> None:
+    fused.silu_mul(zeros(device, m, 2 * HIDDEN))
+    for k_major in (False, True):
+        fused.silu_mul_quant(zeros(device, m, 2 * HIDDEN), scale_k_major=k_major)
+
+
+def positions(m: int, device: str) -> None:
+    """Rope, embedding and cache."""
+    cos, sin = zeros(device, 2, m, ROPE // 2, dtype=F32)
+    slots = at_an_offset(torch.arange(m, device=device), m)
+    fused.apply_rope(zeros(device, m, 16, ROPE), cos, sin)
+    fused.apply_rope(zeros(device, m, ROPE), cos, sin)
+    fused.embedding(zeros(device, m, HIDDEN), slots, BF16)
+    cache = zeros(device, -(-m // BLOCK), BLOCK, RANK + ROPE)
+    both = zeros(device, m, RANK), zeros(device, m, ROPE)
+    fused.store_latent(cache, *both, slots)
+    kv_a = zeros(device, m, RANK + ROPE)
+    fused.norm_rope_store(kv_a, zeros(device, RANK), 1e-6, cos, sin, cache, slots)
+
+
+def route(m: int, device: str) -> None:
+    logits = torch.arange(m * EXPERTS, device=device, dtype=F32).view(m, EXPERTS).sin()
+    bias = zeros(device, EXPERTS, dtype=F32)
+    ids, weights = moe_route.moe_gate(logits, bias, 4, 2, TOP_K, True, 2.5)
+    order, offsets, place = moe_route.permute_by_expert(ids, EXPERTS // 2, 2)
+    y, shared = zeros(device, m * TOP_K, HIDDEN), zeros(device, m, HIDDEN)
+    moe_route.gather_rows(shared, order, offsets, TOP_K)
+    for k_major in (False, True):
+        x = quant.quantize_1x128(shared, scale_k_major=k_major)
+        moe_route.gather_quantized(*x, order, offsets, TOP_K, k_major)
+    moe_route.combine_experts(y, place, weights)
+    moe_route.combine_experts(y, place, weights, shared)
+
+
+def rows_state(m: int, device: str) -> None:
+    """m rows that decode, and m chunks of one token."""
+    words = zeros(device, 8 * m + 64, dtype=torch.int32)
+    spans = torch.tensor([[8 * i, i, 1] for i in range(m)], device=device).flatten().int()
+    step.scatter_words(words, torch.cat((spans, spans)), m, len(spans))
+    ids, table = (zeros(device, m + 1, 70, dtype=torch.int32) for _ in range(2))
+    counts = [zeros(device, m + 1, dtype=torch.int32) for _ in range(3)]
+    state = step.TokenState(ids, counts[0] + 1, counts[1], table, BLOCK)
+    angles = zeros(device, 70, ROPE // 2, dtype=F32)
+    inputs = step.Inputs.empty(2 * m, ROPE // 2, torch.device(device))
+    lines = at_an_offset(torch.arange(m, device=device, dtype=torch.int32), m)
+    out = zeros(device, m, 70, dtype=torch.int32)
+    step.decode_inputs(state, lines, angles, angles, inputs, out, counts[2][:m])
+    chunks = [[row, 0, 1, m + row] for row in range(m)]
+    parts = torch.tensor(chunks, device=device, dtype=torch.int32)
+    step.chunk_inputs(state, parts, 1, angles, angles, inputs)
+
+
+def sampling(m: int, device: str) -> None:
+    logits = torch.arange(m * VOCAB, device=device, dtype=F32).view(m, VOCAB).sin()
+    seeds = at_an_offset(torch.arange(m, device=device), m)
+    sample.gumbel_noise(seeds, seeds, VOCAB)
+    top_k, top_p = at_an_offset(seeds % 3, m), torch.full((m,), 0.9, device=device)
+    sample.filter_logits(logits, top_k, at_an_offset(top_p, m), top_p - 0.9)
+    sample.top_logprobs(logits, seeds, 5)
+    sample.apply_penalties(logits[0], seeds, m // 2, 0.5, 0.5, 1.2)
+
+
+RUNS: dict[str, Run] = {
+    "fp8_gemm": dense,
+    "fp8_gemm_swap": swap,
+    "fp8_gemm_dot": dot,
+    "linear": linear,
+    "moe_gemm contiguous": experts_contiguous,
+    "moe_gemm slots": experts_slots,
+    "mla seesaw": decode(128),
+    "mla seesaw, 2 queries": decode(64, 2),
+    "mla transposed": decode(16),
+    "mla transposed, 3 queries": decode(16, 3),
+    "mla dot": decode(24, 2, 16),
+    "mla prefill": prefill,
+    "mla gather": gather,
+    "quant": quantisation,
+    "fused norms": norms,
+    "fused silu_mul": activation,
+    "fused rope, embedding, store": positions,
+    "moe_route": route,
+    "step": rows_state,
+    "sample": sampling,
+}
