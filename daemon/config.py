@@ -162,8 +162,6 @@ def _check(config: Config) -> None:
                 raise ConfigError(f"{name} is {size}; this version runs on one rank")
         if parallel.enable_attention_dp:
             raise ConfigError("enable_attention_dp is true; this version runs on one rank")
-    if config.engine.kv_cache_dtype == "fp8":
-        raise ConfigError("kv_cache_dtype is fp8; this version keeps the KV cache unquantised")
     batch, tokens = config.engine.max_batch_size, config.engine.max_num_tokens
     if batch and tokens and tokens < batch:
         raise ConfigError(f"max_num_tokens {tokens} is less than max_batch_size {batch}")

@@ -7,12 +7,30 @@ the device, once a step if the caller makes the schedule, else in each call.
 import torch
 from torch import Tensor
 
-from . import mla_dot, mla_seesaw, mla_transposed, reference
+from . import (
+    mla_dot,
+    mla_dot_fp8,
+    mla_seesaw,
+    mla_seesaw_fp8,
+    mla_transposed,
+    mla_transposed_fp8,
+    reference,
+)
 from . import mla_prefill as prefill
 from .compat import has_wgmma, runs_kernels
+from .latent import holds, is_fp8
 from .mla_schedule import Schedule, Tiling, combine, make_schedule
 
 MAX_QUERY_LEN = 6
+KERNELS = {
+    "seesaw": mla_seesaw,
+    "transposed": mla_transposed,
+    "dot": mla_dot,
+    "seesaw_fp8": mla_seesaw_fp8,
+    "transposed_fp8": mla_transposed_fp8,
+    "dot_fp8": mla_dot_fp8,
+}
+"""`Tiling.kernel` -> its module."""
 
 
 def mla_decode(
@@ -27,14 +45,12 @@ def mla_decode(
     """Absorbed attention of a sequence's last one to six tokens over its latents.
 
     q: [B, H, R + P], or [B, Sq, H, R + P]: the last Sq tokens, each sees the keys up to its own.
-    cache: [num_blocks, block_size, R + P]. block_table: [B, max_blocks] int32, read up to the
+    cache: of either kind that `latent.py` knows. block_table: [B, max_blocks] int32, read up to the
     sequence's length only. seq_lens: [B] int32, the new tokens included; 0: a row of padding, its
     output is zeros. schedule: of `decode_schedule` for the same shapes and lengths. Slots past a
     sequence's end are never used. -> [B, H, R] or [B, Sq, H, R] in q's dtype."""
-    assert q.shape[-1] == cache.shape[-1] and q.shape[0] == seq_lens.shape[0], (
-        q.shape,
-        cache.shape,
-    )
+    assert holds(cache, kv_lora_rank, q.shape[-1] - kv_lora_rank), (q.shape, cache.shape)
+    assert q.shape[0] == seq_lens.shape[0], (q.shape, seq_lens.shape)
     if not runs_kernels(q):
         return _decode_reference(q, cache, block_table, seq_lens, kv_lora_rank, scale)
     assert cache.is_contiguous() and block_table.dtype == torch.int32, block_table.dtype
@@ -64,8 +80,7 @@ def _decode(
     slots = num_items if schedule.may_split else 1
     partial = torch.empty(slots, rows, rank, dtype=torch.float32, device=q.device)
     lse = torch.empty(slots, rows, dtype=torch.float32, device=q.device)
-    kernels = {"seesaw": mla_seesaw, "transposed": mla_transposed, "dot": mla_dot}
-    kernel = kernels[schedule.tiling.kernel]
+    kernel = KERNELS[schedule.tiling.kernel]
     kernel.decode(q, cache, block_table, seq_lens, schedule, out, partial, lse, scale)
     if schedule.may_split:
         combine(schedule, partial, lse, out)
@@ -86,11 +101,14 @@ def decode_tiling(
 ) -> Tiling:
     """Which kernel, and how it cuts rows and tokens."""
     shape = (heads, query_len, kv_lora_rank, q.shape[-1] - kv_lora_rank, cache.shape[1])
-    if has_wgmma(q) and q.dtype == cache.dtype == torch.bfloat16:
+    fp8 = is_fp8(cache)
+    if has_wgmma(q) and q.dtype == torch.bfloat16 and (fp8 or cache.dtype == q.dtype):
         if mla_seesaw.fits(*shape):
-            return mla_seesaw.tiling(heads, query_len)
+            return (mla_seesaw_fp8 if fp8 else mla_seesaw).tiling(heads, query_len)
         if mla_transposed.fits(*shape):
-            return mla_transposed.tiling(heads, query_len)
+            return (mla_transposed_fp8 if fp8 else mla_transposed).tiling(heads, query_len)
+    if fp8:
+        return mla_dot_fp8.tiling(query_len * heads, kv_lora_rank, q.dtype)
     return mla_dot.tiling(query_len * heads, kv_lora_rank, q.dtype, q.device)
 
 
@@ -155,10 +173,20 @@ def merge_attention(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> tuple
     return prefill.merge(a, a_lse, b, b_lse)
 
 
-def gather_latent(cache: Tensor, block_table: Tensor, start: int, stop: int) -> Tensor:
+def gather_latent(
+    cache: Tensor,
+    block_table: Tensor,
+    start: int,
+    stop: int,
+    kv_lora_rank: int = 0,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """Latents of tokens start ... stop - 1 of the sequence with this block_table:
-    [stop - start, R + P]."""
+    [stop - start, R + P] in dtype, the cache's by default. An fp8 cache is dequantised: it needs
+    both kv_lora_rank and dtype."""
     assert 0 <= start <= stop, (start, stop)
+    assert not is_fp8(cache) or (kv_lora_rank and dtype), (kv_lora_rank, dtype)
+    dtype = dtype or cache.dtype
     if not runs_kernels(cache):
-        return reference.gather_latent(cache, block_table, start, stop)
-    return prefill.gather(cache, block_table, start, stop)
+        return reference.gather_latent(cache, block_table, start, stop, kv_lora_rank, dtype)
+    return prefill.gather(cache, block_table, start, stop, kv_lora_rank, dtype)

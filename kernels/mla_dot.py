@@ -16,7 +16,7 @@ LARGE_SMEM = 214_000
 
 
 @triton.jit
-def _load_rows(ptr, live, d, width: tl.constexpr, padded: tl.constexpr):
+def load_rows(ptr, live, d, width: tl.constexpr, padded: tl.constexpr):
     """ptr: [rows] pointers -> [rows, padded], zeros in dead rows and past `width`."""
     mask = live[:, None]
     if width != padded:
@@ -41,6 +41,24 @@ def _attend(
     return top, norm, acc
 
 
+@triton.jit
+def store_rows(
+    m, norm, acc, out, partial, lse, b, slot, row, rows, R: tl.constexpr, RP: tl.constexpr
+):  # fmt: skip
+    """Where an item's result goes: to `out`, or to its slot of `partial` and `lse`, or nowhere."""
+    live = row < rows
+    d = tl.arange(0, RP)
+    acc = acc / tl.where(norm > 0, norm, 1.0)[:, None]
+    inside = live[:, None] & (d < R)[None, :]
+    if slot >= 0:
+        at = slot.to(tl.int64) * rows + row
+        tl.store(partial + at[:, None] * R + d[None, :], acc, mask=inside)
+        tl.store(lse + at, tl.where(norm > 0, tl.log2(norm) + m, float("-inf")), mask=live)
+    elif slot == -1:
+        at = (b * rows + row).to(tl.int64)
+        tl.store(out + at[:, None] * R + d[None, :], acc.to(out.dtype.element_ty), mask=inside)
+
+
 @triton.jit(
     do_not_specialize=["table_stride", "heads", "query_len"],
     do_not_specialize_on_alignment=["table", "seq_lens", "items"],
@@ -63,8 +81,8 @@ def dot_kernel(
     d = tl.arange(0, RP)
     r = tl.arange(0, PP)
     q_ptr = q + (b * rows + row).to(tl.int64) * (R + P)
-    q_n = _load_rows(q_ptr, live & (begin < end), d, R, RP)
-    q_r = _load_rows(q_ptr + R, live & (begin < end), r, P, PP)
+    q_n = load_rows(q_ptr, live & (begin < end), d, R, RP)
+    q_r = load_rows(q_ptr + R, live & (begin < end), r, P, PP)
     limit = tl.load(seq_lens + b) - (query_len - 1 - row // heads)
     m = tl.full((BH,), -1.0e30, tl.float32)
     norm = tl.zeros((BH,), tl.float32)
@@ -74,20 +92,12 @@ def dot_kernel(
         here = t < end
         page = tl.load(table + b.to(tl.int64) * table_stride + t // BLOCK_SIZE, mask=here, other=0)
         k_ptr = cache + (page.to(tl.int64) * BLOCK_SIZE + t % BLOCK_SIZE) * (R + P)
-        k_n = _load_rows(k_ptr, here, d, R, RP).to(q_n.dtype)
-        k_r = _load_rows(k_ptr + R, here, r, P, PP).to(q_n.dtype)
+        k_n = load_rows(k_ptr, here, d, R, RP).to(q_n.dtype)
+        k_r = load_rows(k_ptr + R, here, r, P, PP).to(q_n.dtype)
         m, norm, acc = _attend(
             m, norm, acc, q_n, q_r, k_n, k_r, t, tl.minimum(limit, end), scale_log2, PRECISION
         )
-    acc = acc / tl.where(norm > 0, norm, 1.0)[:, None]
-    inside = live[:, None] & (d < R)[None, :]
-    if slot >= 0:
-        at = slot.to(tl.int64) * rows + row
-        tl.store(partial + at[:, None] * R + d[None, :], acc, mask=inside)
-        tl.store(lse + at, tl.where(norm > 0, tl.log2(norm) + m, float("-inf")), mask=live)
-    elif slot == -1:
-        at = (b * rows + row).to(tl.int64)
-        tl.store(out + at[:, None] * R + d[None, :], acc.to(out.dtype.element_ty), mask=inside)
+    store_rows(m, norm, acc, out, partial, lse, b, slot, row, rows, R, RP)
 
 
 def tile(rows: int, rank: int, dtype: torch.dtype, smem: int) -> tuple[int, int, int]:

@@ -14,7 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .mla_dot import max_smem
+from .compat import has_fp8
+from .latent import (
+    as_words,
+    half_of_e4m3,
+    is_fp8,
+    rope_at,
+    rope_width,
+    scale_at,
+    value_at,
+)
+from .mla_dot import load_rows, max_smem
 
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -273,16 +283,62 @@ def gather_kernel(
     at = (page * BLOCK_SIZE + token % BLOCK_SIZE)[:, None] * WIDTH + column[None, :]
     inside = live[:, None] & (column < WIDTH)[None, :]
     latent = tl.load(cache + at, mask=inside)
-    tl.store(out + row.to(tl.int64)[:, None] * WIDTH + column[None, :], latent, mask=inside)
+    out_ptr = out + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+    tl.store(out_ptr, latent.to(out.dtype.element_ty), mask=inside)
 
 
-def gather(cache: Tensor, block_table: Tensor, start: int, stop: int) -> Tensor:
-    """cache: [num_blocks, block_size, width] contiguous, block_table: [num_blocks_of_it] int32;
-    what is outside of tokens start ... stop - 1 is not read. -> [stop - start, width]."""
+@triton.jit(
+    do_not_specialize=["start", "num_tokens", "table_stride"],
+    do_not_specialize_on_alignment=["table"],
+)
+def gather_fp8_kernel(
+    values, ropes, scales, table, table_stride, out, start, num_tokens,
+    R: tl.constexpr, P: tl.constexpr, RP: tl.constexpr, PP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, ENTRY: tl.constexpr, NATIVE: tl.constexpr, BT: tl.constexpr
+):  # fmt: skip
+    """grid: (tokens / BT,). values, ropes, scales: the whole cache in words of these types."""
+    row = tl.program_id(0) * BT + tl.arange(0, BT)
+    live = row < num_tokens
+    token = start + row
+    page = tl.load(table + (token // BLOCK_SIZE) * table_stride, mask=live, other=0).to(tl.int64)
+    slot = token % BLOCK_SIZE
+    d = tl.arange(0, RP)
+    r = tl.arange(0, PP)
+    scale = tl.load(scales + scale_at(page, slot, BLOCK_SIZE, ENTRY), mask=live, other=1.0)
+    value = load_rows(values + value_at(page, slot, R, P, BLOCK_SIZE, ENTRY), live, d, R, RP)
+    latent = half_of_e4m3(value, NATIVE).to(tl.float32) * scale[:, None]
+    rope = load_rows(ropes + rope_at(page, slot, P, BLOCK_SIZE, ENTRY), live, r, P, PP)
+    out_ptr = out + row.to(tl.int64)[:, None] * (R + P)
+    dtype: tl.constexpr = out.dtype.element_ty
+    tl.store(out_ptr + d[None, :], latent.to(dtype), mask=live[:, None] & (d < R)[None, :])
+    rope = rope.to(tl.float32).to(dtype)
+    tl.store(out_ptr + R + r[None, :], rope, mask=live[:, None] & (r < P)[None, :])
+
+
+def gather(
+    cache: Tensor,
+    block_table: Tensor,
+    start: int,
+    stop: int,
+    kv_lora_rank: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """cache: of either kind that `latent.py` knows, contiguous, block_table: [num_blocks_of_it]
+    int32; what is outside of tokens start ... stop - 1 is not read. -> [stop - start, R + P]."""
     assert cache.is_contiguous() and block_table.dim() == 1, block_table.shape
-    _, block_size, width = cache.shape
-    out = torch.empty(stop - start, width, dtype=cache.dtype, device=cache.device)
-    if stop > start:
+    block_size, rope = cache.shape[1], rope_width(cache, kv_lora_rank)
+    width = kv_lora_rank + rope
+    out = torch.empty(stop - start, width, dtype=dtype, device=cache.device)
+    if stop > start and is_fp8(cache):
+        native = has_fp8(cache)
+        values, ropes, scales = as_words(cache)
+        gather_fp8_kernel[(triton.cdiv(stop - start, 8),)](
+            values if native else cache, ropes, scales, block_table, block_table.stride(0), out,
+            start, stop - start, R=kv_lora_rank, P=rope, RP=triton.next_power_of_2(kv_lora_rank),
+            PP=triton.next_power_of_2(rope), BLOCK_SIZE=block_size, ENTRY=cache.shape[2],
+            NATIVE=native, BT=8, num_warps=4,
+        )  # fmt: skip
+    elif stop > start:
         grid = (triton.cdiv(stop - start, 32), triton.cdiv(width, 128))
         gather_kernel[grid](
             cache, block_table, block_table.stride(0), out, start, stop - start,

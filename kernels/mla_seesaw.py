@@ -66,7 +66,7 @@ def _produce(half_desc, rope_desc, halves, ropes, free, ready, table, first, las
 
 
 @gluon.jit
-def _scale_rows(o, factor):
+def scale_rows(o, factor):
     return o * gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, O_LAYOUT)), 1)
 
 
@@ -94,21 +94,29 @@ def _scores(s, qn, qr, halves, ropes, ready, phase, tok0, limit, scale_log2, WG:
 def _hand_over(p, top, shared, ropes, handed, WG: gl.constexpr):
     """P and the maximum that it is relative to, for the other warpgroup."""
     shared.index(WG).store(top)
-    ropes.index(WG).store(p.to(gl.bfloat16))
+    ropes.index(WG).store(p.to(ropes.dtype))
     fence_async_shared()
     mbarrier.arrive(handed.index(WG), count=1)
 
 
 @gluon.jit
-def _round0(s, o, m, norm, halves, ropes, shared, ready, free, handed, phase):
+def _sum(p, weights):
+    """Of each row; weights: [64] in shared memory, one for each column, or None."""
+    if weights is not None:
+        p *= gl.expand_dims(weights.load(gl.SliceLayout(0, S_LAYOUT)), 0)
+    return gl.sum(p, 1)
+
+
+@gluon.jit
+def round0(s, weights, o, m, norm, halves, ropes, shared, ready, free, handed, phase):
     """WG0: own block, then WG1's."""
     top = gl.maximum(gl.max(s, 1), m)
     keep = gl.exp2(m - top)
     p = gl.exp2(s - gl.expand_dims(top, 1))
     _hand_over(p, top, shared, ropes, handed, 0)
-    o = _scale_rows(o, keep)
+    o = scale_rows(o, keep)
     o = warpgroup_mma(ropes.index(0), halves.index(0), o, is_async=True)
-    norm = norm * keep + gl.sum(p, 1)
+    norm = norm * keep + _sum(p, weights)
     o = warpgroup_mma_wait(0, deps=(o,))
     mbarrier.arrive(free.index(0), count=1)
     mbarrier.arrive(free.index(1), count=1)
@@ -117,7 +125,7 @@ def _round0(s, o, m, norm, halves, ropes, shared, ready, free, handed, phase):
     m = shared.index(1).load(gl.SliceLayout(1, S_LAYOUT))
     keep = gl.exp2(top - m)
     norm = norm * keep
-    o = _scale_rows(o, keep)
+    o = scale_rows(o, keep)
     o = warpgroup_mma(ropes.index(1), halves.index(3), o, is_async=True)
     o = warpgroup_mma_wait(0, deps=(o,))
     mbarrier.arrive(free.index(3), count=1)
@@ -125,22 +133,22 @@ def _round0(s, o, m, norm, halves, ropes, shared, ready, free, handed, phase):
 
 
 @gluon.jit
-def _round1(s, o, m, norm, halves, ropes, shared, ready, free, handed, phase):
+def round1(s, weights, o, m, norm, halves, ropes, shared, ready, free, handed, phase):
     """WG1: WG0's block first, own softmax under its product."""
     local = gl.maximum(gl.max(s, 1), m)
     mbarrier.wait(handed.index(0), phase)
     mbarrier.wait(ready.index(1), phase)
     top0 = shared.index(0).load(gl.SliceLayout(1, S_LAYOUT))
-    o = _scale_rows(o, gl.exp2(m - top0))
+    o = scale_rows(o, gl.exp2(m - top0))
     o = warpgroup_mma(ropes.index(0), halves.index(1), o, is_async=True)
     top = gl.maximum(local, top0)
     p = gl.exp2(s - gl.expand_dims(top, 1))
     _hand_over(p, top, shared, ropes, handed, 1)
-    norm = norm * gl.exp2(m - top) + gl.sum(p, 1)
+    norm = norm * gl.exp2(m - top) + _sum(p, weights)
     keep = gl.exp2(top0 - top)
     o = warpgroup_mma_wait(0, deps=(o,))
     mbarrier.arrive(free.index(1), count=1)
-    o = _scale_rows(o, keep)
+    o = scale_rows(o, keep)
     o = warpgroup_mma(ropes.index(1), halves.index(2), o, is_async=True)
     o = warpgroup_mma_wait(0, deps=(o,))
     mbarrier.arrive(free.index(2), count=1)
@@ -149,7 +157,7 @@ def _round1(s, o, m, norm, halves, ropes, shared, ready, free, handed, phase):
 
 
 @gluon.jit
-def _store_half(o, halves, desc, row, WG: gl.constexpr):
+def store_half(o, halves, desc, row, WG: gl.constexpr):
     """Through the latents' tiles, which nobody reads any more: four of bf16 or two of fp32."""
     TILES: gl.constexpr = 64 // desc.dtype.primitive_bitwidth
     tiles = halves._reinterpret(desc.dtype, [TILES, 64, 256], desc.layout)
@@ -158,6 +166,28 @@ def _store_half(o, halves, desc, row, WG: gl.constexpr):
     fence_async_shared()
     tma_store(desc, [row, WG * 256], tile)
     tma.store_wait(0)
+
+
+@gluon.jit
+def finish(
+    o, m, norm, halves, shared, summed, out_desc, partial_desc, lse_ptr, out_row, partial_row,
+    slot, WG: gl.constexpr
+):  # fmt: skip
+    """Joins the sums of both; past this exchange nobody reads the latents' tiles."""
+    ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    shared.index(2 + WG).store(norm)
+    mbarrier.arrive(summed.index(WG), count=1)
+    mbarrier.wait(summed.index(1 - WG), 0)
+    norm = norm + shared.index(3 - WG).load(ROW)
+    inverse = gl.where(norm > 0, 1.0 / norm, 0.0)
+    o = scale_rows(o, inverse)
+    if slot >= 0:
+        if WG == 0:
+            lse = gl.where(norm > 0, gl.log2(norm) + m, float("-inf"))
+            gl.store(lse_ptr + partial_row + gl.arange(0, 64, ROW), lse)
+        store_half(o, halves, partial_desc, partial_row, WG)
+    if slot == -1:
+        store_half(o, halves, out_desc, out_row, WG)
 
 
 @gluon.jit
@@ -177,23 +207,17 @@ def _consume(
         tok0 = begin + (it * 2 + WG) * 64
         s = _scores(s, qn, qr, halves, ropes, ready, phase, tok0, limit, scale_log2, WG)
         if WG == 0:
-            o, m, norm = _round0(s, o, m, norm, halves, ropes, shared, ready, free, handed, phase)
+            o, m, norm = round0(
+                s, None, o, m, norm, halves, ropes, shared, ready, free, handed, phase
+            )
         else:
-            o, m, norm = _round1(s, o, m, norm, halves, ropes, shared, ready, free, handed, phase)
-    # Sums of both; past this exchange nobody reads the latents' tiles.
-    shared.index(2 + WG).store(norm)
-    mbarrier.arrive(summed.index(WG), count=1)
-    mbarrier.wait(summed.index(1 - WG), 0)
-    norm = norm + shared.index(3 - WG).load(ROW)
-    inverse = gl.where(norm > 0, 1.0 / norm, 0.0)
-    o = _scale_rows(o, inverse)
-    if slot >= 0:
-        if WG == 0:
-            lse = gl.where(norm > 0, gl.log2(norm) + m, float("-inf"))
-            gl.store(lse_ptr + partial_row + gl.arange(0, 64, ROW), lse)
-        _store_half(o, halves, partial_desc, partial_row, WG)
-    if slot == -1:
-        _store_half(o, halves, out_desc, out_row, WG)
+            o, m, norm = round1(
+                s, None, o, m, norm, halves, ropes, shared, ready, free, handed, phase
+            )
+    finish(
+        o, m, norm, halves, shared, summed, out_desc, partial_desc, lse_ptr, out_row, partial_row,
+        slot, WG
+    )  # fmt: skip
 
 
 @gluon.jit(

@@ -69,6 +69,19 @@ def _store_output(o, latents, desc, row):
 
 
 @gluon.jit
+def finish(o, m, norm, latents, out_desc, partial_desc, lse_ptr, out_row, partial_row, slot):
+    columns = gl.arange(0, norm.shape[0], norm.type.layout)
+    inverse = gl.where(norm > 0, 1.0 / norm, 0.0)
+    o = o * gl.expand_dims(inverse, 0)
+    if slot >= 0:
+        lse = gl.where(norm > 0, gl.log2(norm) + m, float("-inf"))
+        gl.store(lse_ptr + partial_row + columns, lse)
+        _store_output(o, latents, partial_desc, partial_row)
+    if slot == -1:
+        _store_output(o, latents, out_desc, out_row)
+
+
+@gluon.jit
 def _softmax_step(s, m, norm, seen, scale_log2):
     s = gl.where(seen, s * scale_log2, -1.0e30)
     top = gl.maximum(m, gl.max(s, 0))
@@ -116,14 +129,7 @@ def _consume(
         o = warpgroup_mma(v.permute((1, 0)), probs, o, is_async=True)
         o = warpgroup_mma_wait(0, deps=(o,))
         mbarrier.arrive(free.index(stage), count=1)
-    inverse = gl.where(norm > 0, 1.0 / norm, 0.0)
-    o = o * gl.expand_dims(inverse, 0)
-    if slot >= 0:
-        lse = gl.where(norm > 0, gl.log2(norm) + m, float("-inf"))
-        gl.store(lse_ptr + partial_row + columns, lse)
-        _store_output(o, latents, partial_desc, partial_row)
-    if slot == -1:
-        _store_output(o, latents, out_desc, out_row)
+    finish(o, m, norm, latents, out_desc, partial_desc, lse_ptr, out_row, partial_row, slot)
 
 
 @gluon.jit(

@@ -9,12 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import latent as layout
+
 BLOCK = 128
 """Width of a quantisation block, DeepSeek-V3 technical report (arXiv 2412.19437), section 3.3.2."""
 FP8_MAX = 448.0
 """Largest finite e4m3fn value."""
 SLAB_ROWS = 8 * BLOCK
 """Rows of a weight that are dequantised at once."""
+LEAST_LATENT = 1e-12
+"""A token whose latent is smaller everywhere is quantised as if it had this."""
 
 
 # ---- quantisation -------------------------------------------------------------------------------
@@ -207,23 +211,53 @@ def embedding(weight: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
 # ---- attention over the latent cache ------------------------------------------------------------
 
 
+def quantize_latent(kv_latent: Tensor) -> tuple[Tensor, Tensor]:
+    """One scale for a token: kv_latent [T, R] -> value [T, R] float8_e4m3fn, scale [T] float32,
+    never 0: its logarithm and its reciprocal are used."""
+    wide = kv_latent.float()
+    scale = wide.abs().amax(dim=-1).clamp(min=LEAST_LATENT) / FP8_MAX
+    value = (wide / scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return value, scale
+
+
 def store_latent(cache: Tensor, kv_latent: Tensor, k_pe: Tensor, slot_mapping: Tensor) -> None:
     """Writes a step's latents into the paged cache.
 
-    cache: [num_blocks, block_size, R + P], kv_latent: [T, R] (normed), k_pe: [T, P] (rotated),
+    cache: as `latent.py` says, of either kind; kv_latent: [T, R] (normed), k_pe: [T, P] (rotated),
     slot_mapping: [T] int64, block * block_size + offset; block 0 takes padding and is never read.
     """
-    latent = torch.cat((kv_latent, k_pe), dim=-1).to(cache.dtype)
-    cache.view(-1, cache.shape[-1])[slot_mapping] = latent
+    if not layout.is_fp8(cache):
+        latent = torch.cat((kv_latent, k_pe), dim=-1).to(cache.dtype)
+        cache.view(-1, cache.shape[-1])[slot_mapping] = latent
+        return
+    at = (slot_mapping // cache.shape[1], slot_mapping % cache.shape[1])
+    value, rope, scale = layout.planes(cache, kv_latent.shape[-1])
+    quantized, scale[at] = quantize_latent(kv_latent)
+    value.view(torch.uint8)[at] = quantized.view(torch.uint8)
+    rope[at] = k_pe.float().clamp(-layout.F16_MAX, layout.F16_MAX).to(torch.float16)
 
 
-def gather_latent(cache: Tensor, block_table: Tensor, start: int, stop: int) -> Tensor:
+def gather_latent(
+    cache: Tensor,
+    block_table: Tensor,
+    start: int,
+    stop: int,
+    kv_lora_rank: int,
+    dtype: torch.dtype,
+) -> Tensor:
     """Tokens start ... stop - 1 of one sequence. block_table: [num_blocks_of_it] ->
-    [stop - start, R + P]."""
+    [stop - start, R + P] in dtype."""
     block_size = cache.shape[1]
     first, last = start // block_size, -(-stop // block_size)
-    pages = cache[block_table[first:last].long()].flatten(0, 1)
-    return pages[start - first * block_size : stop - first * block_size]
+    blocks = block_table[first:last].long()
+    if layout.is_fp8(cache):
+        value, rope, scale = layout.planes(cache, kv_lora_rank)
+        latent = value.view(torch.uint8)[blocks].view(value.dtype).float()
+        latent *= scale[blocks][..., None]
+        pages = torch.cat((latent, rope[blocks].float()), dim=-1).flatten(0, 1)
+    else:
+        pages = cache[blocks].flatten(0, 1)
+    return pages[start - first * block_size : stop - first * block_size].to(dtype)
 
 
 def mla_decode(
@@ -231,14 +265,14 @@ def mla_decode(
 ) -> Tensor:
     """Absorbed attention of one new token per sequence over its latents.
 
-    q: [B, H, R + P], the nope part already multiplied by W_UK; cache: [num_blocks, block_size,
-    R + P]; block_table: [B, max_blocks] int32; seq_lens: [B] int32, the new token included. Every
-    head reads the same latent: key = the whole of it, value = its first R. -> [B, H, R] in q's
-    dtype.
+    q: [B, H, R + P], the nope part already multiplied by W_UK; cache: as `latent.py` says, of
+    either kind; block_table: [B, max_blocks] int32; seq_lens: [B] int32, the new token included.
+    Every head reads the same latent: key = the whole of it, value = its first R. -> [B, H, R] in
+    q's dtype.
     """
     out = torch.empty(*q.shape[:2], kv_lora_rank, dtype=q.dtype, device=q.device)
     for row, seq_len in enumerate(seq_lens.tolist()):
-        latent = gather_latent(cache, block_table[row], 0, seq_len).float()
+        latent = gather_latent(cache, block_table[row], 0, seq_len, kv_lora_rank, torch.float32)
         scores = q[row].float() @ latent.t() * scale
         out[row] = (scores.softmax(dim=-1) @ latent[:, :kv_lora_rank]).to(q.dtype)
     return out

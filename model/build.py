@@ -93,7 +93,8 @@ def _build_on_gpu(
     """Rehearses on a KV cache of two blocks, takes what is left for the real one, captures; where
     that leaves too little, once more with a smaller cache."""
     device, started = rows.device, time.monotonic()
-    runner = Runner(model, KVCache(model.config, 2, load.block_size, model.dtype, device), rows)
+    dtype = _kv_dtype(load, model)
+    runner = Runner(model, KVCache(model.config, 2, load.block_size, dtype, device), rows)
     rehearsal = Rehearsal(runner, limits.max_num_tokens, limits.max_seq_len)
     rehearsal.all_sizes(lambda done, total: report("compiling", done, total))
     sizes = _graph_sizes(load, limits.max_batch_size)
@@ -111,7 +112,7 @@ def _build_on_gpu(
         if missing <= 0 or load.kv_cache_gb:
             break
         runner.graphs.drop()
-        runner.cache = KVCache(model.config, 2, load.block_size, model.dtype, device)
+        runner.cache = KVCache(model.config, 2, load.block_size, dtype, device)
         budget -= missing + memory.SPARE_BYTES
     if missing > 0:
         raise RuntimeError(
@@ -130,13 +131,19 @@ def _cache(
     load: Load, model: DeepseekV3, limits: Limits, budget: int, device: torch.device
 ) -> KVCache:
     """What the budget gives, but no more than a full batch of full sequences needs."""
-    per_block = kv_cache.block_bytes(model.config, load.block_size, model.dtype)
+    dtype = _kv_dtype(load, model)
+    per_block = kv_cache.block_bytes(model.config, load.block_size, dtype)
     useful = kv_cache.useful_blocks(limits.max_batch_size, limits.max_seq_len, load.block_size)
     num_blocks = min(budget // per_block, useful)
     if num_blocks < 2 and not load.kv_cache_gb:
         raise RuntimeError(f"{budget / 1e9:.2f} GB are left for the KV cache")
     num_blocks = max(2, num_blocks)
-    return KVCache(model.config, num_blocks, load.block_size, model.dtype, device)
+    return KVCache(model.config, num_blocks, load.block_size, dtype, device)
+
+
+def _kv_dtype(load: Load, model: DeepseekV3) -> torch.dtype:
+    fp8 = load.kv_cache_dtype == "fp8" or model.config.kv_cache_fp8
+    return torch.float8_e4m3fn if fp8 else model.dtype
 
 
 def _graph_sizes(load: Load, max_batch_size: int) -> list[int]:
@@ -194,8 +201,9 @@ def _notes(config: ModelConfig, load: Load, act_quant: bool, device: torch.devic
             if act_quant
             else "fp8 weights are dequantised as they are used"
         )
-    if config.kv_cache_fp8:
-        notes.append("hf_quant_config.json asks for an fp8 KV cache; it is kept unquantised")
+    if load.kv_cache_dtype == "fp8" or config.kv_cache_fp8:
+        asks = "" if load.kv_cache_dtype == "fp8" else ", as hf_quant_config.json asks"
+        notes.append(f"latents in the KV cache are quantised to fp8, a scale for each token{asks}")
     if config.num_nextn_predict_layers:
         notes.append("the MTP layers of the checkpoint are not used by this version")
     if load.check_numerics:

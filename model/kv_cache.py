@@ -4,6 +4,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from ..kernels.latent import entry_bytes, latent_cache
 from .config import ModelConfig
 
 CPU_SHARE = 0.25
@@ -11,8 +12,8 @@ CPU_SHARE = 0.25
 
 
 class KVCache:
-    """`layers[i]`: [num_blocks, block_size, latent_dim]. Block 0 is the null block: padding is
-    written there and nothing is read from it."""
+    """`layers[i]`: [num_blocks, block_size, ...], as `kernels.latent` lays it out. Block 0 is the
+    null block: padding is written there and nothing is read from it."""
 
     def __init__(
         self,
@@ -22,9 +23,11 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (num_blocks, block_size, config.latent_dim)
+        """dtype: of the entries; float8_e4m3fn quantises the latents."""
+        widths = config.kv_lora_rank, config.qk_rope_head_dim
         self.layers: list[Tensor] = [
-            torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)
+            latent_cache(num_blocks, block_size, *widths, dtype, device)
+            for _ in range(config.num_hidden_layers)
         ]
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -32,7 +35,8 @@ class KVCache:
 
 def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
     """Bytes of one block over all layers."""
-    return config.num_hidden_layers * block_size * config.latent_dim * dtype.itemsize
+    entry = entry_bytes(config.kv_lora_rank, config.qk_rope_head_dim, dtype)
+    return config.num_hidden_layers * block_size * entry
 
 
 def cpu_budget() -> int:

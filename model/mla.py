@@ -148,12 +148,12 @@ class MLA:
         self, context: Context, prefills: Prefills, cache: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """Latents [n, R] and k_pe [n, P] of a context's tokens, one piece after the other."""
+        rank = self.config.kv_lora_rank
         parts = [
-            mla.gather_latent(cache, prefills.slices[i].block_table, start, stop).to(dtype)
+            mla.gather_latent(cache, prefills.slices[i].block_table, start, stop, rank, dtype)
             for i, start, stop in context.pieces
         ]
         latent = parts[0] if len(parts) == 1 else torch.cat(parts)
-        rank = self.config.kv_lora_rank
         return latent[:, :rank], latent[:, rank:]
 
     def _expand(self, kv_latent: Tensor) -> tuple[Tensor, Tensor]:

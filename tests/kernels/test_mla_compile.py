@@ -8,12 +8,22 @@ import torch
 import triton
 from torch import Tensor
 
-from dsd.kernels import mla_dot, mla_prefill, mla_schedule, mla_seesaw, mla_transposed
+from dsd.kernels import (
+    latent,
+    mla_dot,
+    mla_dot_fp8,
+    mla_prefill,
+    mla_schedule,
+    mla_seesaw,
+    mla_seesaw_fp8,
+    mla_transposed,
+    mla_transposed_fp8,
+)
 from dsd.tests.kernels.aot import MAX_SMEM, Report, compile_kernel
 
 pytestmark = pytest.mark.slow
 
-BF16, F32, I32 = torch.bfloat16, torch.float32, torch.int32
+BF16, F32, I32, FP8 = torch.bfloat16, torch.float32, torch.int32, torch.float8_e4m3fn
 TABLE, LENS, ITEMS, SPLITS = (torch.empty(4, n, dtype=I32) for n in (16, 1, 4, 2))
 BATCH, SLOTS = 4, 20
 
@@ -24,23 +34,31 @@ def check(report: Report) -> Report:
 
 
 @pytest.mark.parametrize(
-    ("module", "kernel", "heads", "query_len", "wgmma"),
+    ("module", "kernel", "heads", "query_len", "cache_dtype", "wgmma"),
     [
-        (mla_seesaw, mla_seesaw.seesaw_kernel, 128, 1, 88),
-        (mla_transposed, mla_transposed.transposed_kernel, 16, 1, 68),
-        (mla_transposed, mla_transposed.transposed_kernel, 16, 2, 68),
+        (mla_seesaw, mla_seesaw.seesaw_kernel, 128, 1, BF16, 88),
+        (mla_transposed, mla_transposed.transposed_kernel, 16, 1, BF16, 68),
+        (mla_transposed, mla_transposed.transposed_kernel, 16, 2, BF16, 68),
+        (mla_seesaw_fp8, mla_seesaw_fp8.seesaw_fp8_kernel, 128, 1, FP8, 88),
+        (mla_transposed_fp8, mla_transposed_fp8.transposed_fp8_kernel, 16, 1, FP8, 68),
+        (mla_transposed_fp8, mla_transposed_fp8.transposed_fp8_kernel, 16, 2, FP8, 68),
     ],
-    ids=["seesaw", "transposed-16", "transposed-32"],
+    ids=[f"{name}{kind}" for kind in ("", " fp8") for name in ("seesaw", "16 rows", "32 rows")],
 )
-def test_gluon_decode(module: Any, kernel: Any, heads: int, query_len: int, wgmma: int) -> None:
+def test_gluon_decode(
+    module: Any, kernel: Any, heads: int, query_len: int, cache_dtype: torch.dtype, wgmma: int
+) -> None:
     rows = heads * query_len
     q = torch.empty(BATCH, query_len, heads, 576, dtype=BF16)
-    cache, out = torch.empty(8, 64, 576, dtype=BF16), torch.empty(BATCH, rows, 512, dtype=BF16)
+    cache = latent.latent_cache(8, 64, 512, 64, cache_dtype, "cpu")
+    out = torch.empty(BATCH, rows, 512, dtype=BF16)
     schedule = mla_schedule.Schedule(ITEMS, SPLITS, module.tiling(heads, query_len))
     partial, lse = torch.empty(SLOTS, rows, 512), torch.empty(SLOTS, rows)
     _, args, options = module.plan(q, cache, TABLE, LENS, schedule, out, partial, lse, 0.1)
     report = check(compile_kernel(kernel, (), {**args, **options}, gluon=True))
     assert report.opcodes["HGMMA"] == wgmma and report.opcodes["UTMALDG"]
+    # Once for a chain of wgmma, not around each: else ptxas lacked registers.
+    assert report.opcodes["WARPGROUP"] < wgmma / 2, report
 
 
 DOT = [(128, 512, 64, BF16, 90), (128, 512, 64, BF16, 100), (32, 512, 16, BF16, 90)]
@@ -58,6 +76,28 @@ def test_dot_decode(heads: int, rank: int, block_size: int, dtype: torch.dtype, 
     args = (q, cache, TABLE, 16, LENS, ITEMS, out, f32, f32, 0.1, heads, 1)
     constexprs = {**shape, **tiles, **precision, "num_stages": 2}
     check(compile_kernel(mla_dot.dot_kernel, args, constexprs, arch, warps))
+
+
+DOT_FP8 = [(128, 512, 64, BF16, 90), (128, 512, 64, BF16, 100), (16, 512, 16, BF16, 90)]
+DOT_FP8 += [(16, 512, 64, BF16, 100), (24, 96, 64, F32, 90), (16, 512, 64, BF16, 80)]
+
+
+@pytest.mark.parametrize(("heads", "rank", "block_size", "dtype", "arch"), DOT_FP8, ids=str)
+def test_dot_fp8_decode(
+    heads: int, rank: int, block_size: int, dtype: torch.dtype, arch: int
+) -> None:
+    row_tile, tokens = mla_dot_fp8.tile(heads, rank, dtype)
+    q, out, f32 = torch.empty(8, 64, 576, dtype=dtype), torch.empty(4, dtype=dtype), torch.empty(4)
+    cache = latent.latent_cache(8, block_size, rank, 64, FP8, "cpu")
+    values, ropes, scales = latent.as_words(cache)
+    native = arch >= 90
+    shape = {"R": rank, "P": 64, "RP": triton.next_power_of_2(rank), "PP": 64}
+    tiles = {"BLOCK_SIZE": block_size, "ENTRY": cache.shape[2], "BH": row_tile, "BN": tokens}
+    flags = {"QUERY_SCALE": mla_dot_fp8.QUERY_SCALE, "NATIVE": native, "PRECISION": "ieee"}
+    entries = values if native else cache
+    args = (q, entries, ropes, scales, TABLE, 16, LENS, ITEMS, out, f32, f32, 0.1, heads, 1)
+    constexprs = {**shape, **tiles, **flags, "num_stages": 2}
+    check(compile_kernel(mla_dot_fp8.dot_fp8_kernel, args, constexprs, arch, 8))
 
 
 @pytest.mark.parametrize("arch", [90, 100])
@@ -112,3 +152,15 @@ def test_merge_and_gather() -> None:
     cache: Tensor = torch.empty(8, 64, 576, dtype=BF16)
     constexprs = {"BLOCK_SIZE": 64, "WIDTH": 576, "BT": 32, "BW": 128}
     check(compile_kernel(mla_prefill.gather_kernel, (cache, TABLE, 1, cache, 3, 9), constexprs))
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_gather_fp8(arch: int) -> None:
+    cache = latent.latent_cache(8, 64, 512, 64, FP8, "cpu")
+    values, ropes, scales = latent.as_words(cache)
+    native = arch >= 90
+    entries = values if native else cache
+    args = (entries, ropes, scales, TABLE, 1, torch.empty(4, dtype=BF16), 3, 9)
+    widths = {"R": 512, "P": 64, "RP": 512, "PP": 64, "BLOCK_SIZE": 64, "ENTRY": 644}
+    constexprs = {**widths, "NATIVE": native, "BT": 8}
+    check(compile_kernel(mla_prefill.gather_fp8_kernel, args, constexprs, arch))

@@ -40,6 +40,10 @@ ADJUST = (LOGITS, IDS, LOGITS, meta(I32), S, S, S, meta(I32), S, meta(I32), meta
 HIDDEN = {"WIDTH": 7168, "GROUPS": 64, "UE8M0": False}
 ROW = {"VOCAB": VOCAB, "PART": sample.PART}
 JOIN = {"PARTS": 64, "BLOCK": 64}
+CACHES = [
+    ("bf16", (X, X, X), {"BLOCK_SIZE": 64, "ENTRY": 576, "FP8": False}),
+    ("fp8", (Q, meta(torch.float16), S), {"BLOCK_SIZE": 64, "ENTRY": 644, "FP8": True}),
+]
 
 CASES = [
     Case(
@@ -76,19 +80,26 @@ CASES = [
         (X, S, S, X, 24576, 192, 8192, 64),
         {"num_heads": 128, "WIDTH": 64, "HEADS": fused.ROPE_HEADS, "PAIRS": 32},
     ),
-    Case(
-        "norm_rope_store",
-        fused._norm_rope_store,
-        (X, W, S, S, X, IDS, X, X, 1e-6, 576),
-        {"RANK": 512, "ROPE": 64, "RANK_BLOCK": 512, "PAIRS": 32},
-        2,
+    *(
+        Case(
+            f"norm_rope_store {kind}",
+            fused._norm_rope_store,
+            (X, W, S, S, *cache, IDS, X, X, 1e-6, 576),
+            {"RANK": 512, "ROPE": 64, "RANK_BLOCK": 512, "PAIRS": 32, **layout},
+            2,
+            also_blackwell=True,
+        )
+        for kind, cache, layout in CACHES
     ),
-    Case(
-        "store_latent",
-        fused._store_latent,
-        (X, X, X, IDS, 576, 576),
-        {"RANK": 512, "ROPE": 64, "RANK_BLOCK": 512, "ROPE_BLOCK": 64},
-        2,
+    *(
+        Case(
+            f"store_latent {kind}",
+            fused._store_latent,
+            (*cache, X, X, IDS, 576, 576),
+            {"RANK": 512, "ROPE": 64, "RANK_BLOCK": 512, "ROPE_BLOCK": 64, **layout},
+            2,
+        )
+        for kind, cache, layout in CACHES
     ),
     Case("embedding", fused._embedding, (X, IDS, X), {"WIDTH": 7168, "BLOCK": fused.EMBED_BLOCK}),
     Case(

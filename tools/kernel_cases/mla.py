@@ -1,13 +1,14 @@
 """Attention: FlashMLA's decode cases of ANCHORS.md section 3, and prefill as V3 does it."""
 
 import torch
+from torch import Tensor
 
-from ...kernels import mla
+from ...kernels import latent, mla
 from . import BenchCase, Run, rotation
 
 RANK, ROPE, BLOCK = 512, 64, 64
 SCALE = 192**-0.5
-BF16 = torch.bfloat16
+BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 PEER_US = {
     (128, 1): (13.9, 19.6, 35.7, 23.4, 46.5, 131.7, 41.3, 128.7, 524.6, 82.0, 252.6, 1020.7),
     (128, 2): (14.8, 20.8, 44.4, 35.3, 66.9, 222.3, 72.5, 221.7, 871.9, 144.2, 449.2, 1744.0),
@@ -16,6 +17,7 @@ PEER_US = {
 }
 """FlashMLA's microseconds by (heads, query_len), in the order of SHAPES."""
 SHAPES = [(batch, length) for batch in (1, 16, 64, 128) for length in (1024, 4096, 16384)]
+FP8_SHAPES = [(batch, length) for batch in (1, 16, 64) for length in (1024, 4096, 8192)]
 PREFILL = [(4096, 4096, True), (1024, 4096, True), (2048, 1024, False)]
 
 
@@ -25,18 +27,40 @@ def cases() -> list[BenchCase]:
         for (heads, query_len), times in PEER_US.items()
         for (batch, length), peer_us in zip(SHAPES, times, strict=True)
     ]
-    return decode + [_prefill(*shape) for shape in PREFILL] + [_merge(2048), _gather(1024)]
+    for heads, query_len in ((16, 1), (16, 2), (32, 1), (64, 1), (128, 1), (128, 2)):
+        decode += [_decode(heads, query_len, *shape, None, FP8) for shape in FP8_SHAPES]
+    small = [_merge(2048), _gather(1024, BF16), _gather(1024, FP8)]
+    return decode + [_prefill(*shape) for shape in PREFILL] + small
 
 
-def _decode(heads: int, query_len: int, batch: int, length: int, peer_us: float) -> BenchCase:
-    """The schedule is made outside of the timing, as FlashMLA's is: once a step, for all layers."""
+def _random_cache(num_blocks: int, dtype: torch.dtype) -> Tensor:
+    cache = latent.latent_cache(num_blocks, BLOCK, RANK, ROPE, dtype, "cuda")
+    if dtype != FP8:
+        return cache.normal_()
+    value, rope, scale = latent.planes(cache, RANK)
+    value.copy_(torch.randn(value.shape, dtype=BF16, device="cuda") * 100)
+    rope.copy_(torch.randn(rope.shape, dtype=BF16, device="cuda"))
+    scale.uniform_(0.005, 0.02)
+    return cache
+
+
+def _decode(
+    heads: int,
+    query_len: int,
+    batch: int,
+    length: int,
+    peer_us: float | None,
+    dtype: torch.dtype = BF16,
+) -> BenchCase:
+    """The schedule is made outside of the timing, as FlashMLA's is: once a step, for all layers.
+    dtype: of the cache."""
     width, rows = RANK + ROPE, batch * query_len * heads
-    cache_bytes = batch * length * width * 2
+    cache_bytes = batch * length * latent.entry_bytes(RANK, ROPE, dtype)
     rotate = rotation(cache_bytes)
 
     def build() -> Run:
         blocks = batch * length // BLOCK
-        cache = torch.randn(rotate, blocks, BLOCK, width, dtype=BF16, device="cuda")
+        cache = [_random_cache(blocks, dtype) for _ in range(rotate)]
         shape = (batch, query_len, heads, width) if query_len > 1 else (batch, heads, width)
         q = torch.randn(rotate, *shape, dtype=BF16, device="cuda")
         order = [torch.randperm(blocks, device="cuda").int() for _ in range(rotate)]
@@ -45,8 +69,9 @@ def _decode(heads: int, query_len: int, batch: int, length: int, peer_us: float)
         schedule = mla.decode_schedule(q[0], cache[0], tables[0], lens, RANK)
         return lambda i: mla.mla_decode(q[i], cache[i], tables[i], lens, RANK, SCALE, schedule)
 
+    kind = "fp8 " if dtype == FP8 else ""
     return BenchCase(
-        name=f"mla_decode h={heads} sq={query_len} b={batch} k={length}",
+        name=f"mla_decode {kind}h={heads} sq={query_len} b={batch} k={length}",
         build=build,
         bytes=cache_bytes + rows * (width + RANK) * 2,
         flops=2 * rows * length * (width + RANK),
@@ -86,13 +111,14 @@ def _merge(num_tokens: int, heads: int = 128, width: int = 128) -> BenchCase:
     return BenchCase(f"merge_attention t={num_tokens}", build, num_bytes, 0, "none", rotate)
 
 
-def _gather(num_tokens: int) -> BenchCase:
-    width, num_blocks = RANK + ROPE, 4096
+def _gather(num_tokens: int, dtype: torch.dtype) -> BenchCase:
+    num_blocks = 4096
 
     def build() -> Run:
-        cache = torch.randn(num_blocks, BLOCK, width, dtype=BF16, device="cuda")
+        cache = _random_cache(num_blocks, dtype)
         table = torch.randperm(num_blocks, device="cuda").int().view(64, -1)
-        return lambda i: mla.gather_latent(cache, table[i], 0, num_tokens)
+        return lambda i: mla.gather_latent(cache, table[i], 0, num_tokens, RANK, BF16)
 
-    num_bytes = 2 * num_tokens * width * 2
-    return BenchCase(f"gather_latent t={num_tokens}", build, num_bytes, 0, "none", 32)
+    num_bytes = num_tokens * (latent.entry_bytes(RANK, ROPE, dtype) + 2 * (RANK + ROPE))
+    name = f"gather_latent{' fp8' if dtype == FP8 else ''} t={num_tokens}"
+    return BenchCase(name, build, num_bytes, 0, "none", 32)

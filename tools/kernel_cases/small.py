@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...kernels import fused, moe_route, quant, sample
+from ...kernels import fused, latent, moe_route, quant, sample
 from . import BenchCase, Run, rotation
 
 BF16 = torch.bfloat16
@@ -63,14 +63,16 @@ def rope_case(m: int, heads: int) -> BenchCase:
     return case(f"apply_rope m={m} heads={heads}", m * heads * 64 * 4, build)
 
 
-def store_case(m: int) -> BenchCase:
+def store_case(m: int, dtype: torch.dtype) -> BenchCase:
     def build(sets: int) -> Run:
         weight, angle = rand(512), torch.rand(m, 32, device="cuda")
         cos, sin, slots = angle.cos(), angle.sin(), torch.randperm(m, device="cuda")
-        xs = [(rand(m, 576), rand(-(-m // 64), 64, 576)) for _ in range(sets)]
+        shape = (-(-m // 64), 64, 512, 64, dtype, "cuda")
+        xs = [(rand(m, 576), latent.latent_cache(*shape)) for _ in range(sets)]
         return lambda i: fused.norm_rope_store(xs[i][0], weight, 1e-6, cos, sin, xs[i][1], slots)
 
-    return case(f"norm_rope_store m={m}", m * 576 * 6, build)
+    name = f"norm_rope_store{' fp8' if dtype == torch.float8_e4m3fn else ''} m={m}"
+    return case(name, m * (576 * 4 + latent.entry_bytes(512, 64, dtype)), build)
 
 
 def gate_case(m: int) -> BenchCase:
@@ -136,7 +138,8 @@ def cases() -> list[BenchCase]:
     found = [silu_case(64, 18432)]
     for m in TOKENS:
         found += [quantize_case(m, HIDDEN), norm_case(m, False), norm_case(m, True)]
-        found += [silu_case(m, 2048), rope_case(m, 128), store_case(m)]
+        found += [silu_case(m, 2048), rope_case(m, 128), store_case(m, BF16)]
+        found += [store_case(m, torch.float8_e4m3fn)]
         found += [gate_case(m), permute_case(m), combine_case(m)]
     for rows in ROWS:
         found += sample_cases(rows)
