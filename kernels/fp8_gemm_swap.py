@@ -56,7 +56,7 @@ def choose_plan(m: int, n: int, k: int, sms: int) -> Plan:
         return max(1, min(most, int(blocks * sms / tiles)))
 
     split = pieces(SPLIT_BLOCKS[tokens])
-    if tiles >= 0.8 * sms:
+    if tiles >= 0.8 * sms and num_k < 64:
         split = 1
     elif tokens == 64 and tiles * split < 0.7 * sms:
         split = pieces(1.65)
