@@ -1,7 +1,17 @@
 """Torch twins of the sampling kernels; `reference` holds the others."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .sample_state import SamplingState
+
+IN_PROMPT = 1 << 30
+"""Bit of a token's count that says that the prompt has it."""
+MIN_TEMPERATURE = 1e-6
+"""Lower ones, but for 0, count as this: logits / temperature must not overflow."""
 
 _PHILOX_M = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_W = (0x9E3779B9, 0xBB67AE85)
@@ -66,19 +76,22 @@ def apply_penalties(
     return logits - frequency_penalty * counts - presence_penalty * (counts > 0)
 
 
-def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+def filter_logits(
+    logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, cold: Tensor | float = 1.0
+) -> Tensor:
     """Sets what top-k, then top-p, then min-p exclude to -inf.
 
-    logits: [B, V] float32, already divided by the temperature; top_k: [B] int64 (0: off); top_p,
-    min_p: [B] float32. top-p keeps the smallest set of best tokens whose probability reaches it
-    (the best one always); min-p keeps tokens of at least min_p times the best one's probability.
+    logits: [B, V] float32; top_k: [B] int (0: off); top_p, min_p: [B] float32; cold: [B, 1], 1 /
+    temperature, if logits have not been divided by it. top-p keeps the smallest set of best tokens
+    whose probability reaches it (the best one always); min-p keeps tokens of at least min_p times
+    the best one's probability. Of equals the first are the best.
     """
     vocab_size = logits.shape[1]
-    ordered, indices = logits.sort(dim=-1, descending=True)
+    ordered, indices = logits.sort(dim=-1, descending=True, stable=True)
     k = torch.where(top_k > 0, top_k, vocab_size)[:, None]
     rank = torch.arange(vocab_size, device=logits.device)[None]
     ordered = ordered.masked_fill(rank >= k, float("-inf"))
-    probs = ordered.softmax(dim=-1)
+    probs = (ordered * cold).double().softmax(dim=-1)
     before = probs.cumsum(dim=-1) - probs
     # A sum near 1 is rounded, so `before` alone would drop tokens of a row whose top-p is off.
     drop = (before >= top_p[:, None]) & (top_p[:, None] < 1.0)
@@ -97,3 +110,125 @@ def top_logprobs(logits: Tensor, chosen: Tensor, num_top: int) -> tuple[Tensor, 
     logprobs = logits.float().log_softmax(dim=-1)
     top = logprobs.topk(num_top, dim=-1)
     return logprobs.gather(1, chosen[:, None]).squeeze(1), top.values, top.indices
+
+
+def count_tokens(token_ids: Tensor, num_prompt_tokens: int, counts: Tensor) -> None:
+    """Fills a row of `SamplingState.counts`: [V] int32. token_ids: [prompt + generated]."""
+    generated = token_ids[num_prompt_tokens:].long()
+    counts.copy_(torch.bincount(generated, minlength=len(counts)))
+    counts[token_ids[:num_prompt_tokens].long()] |= IN_PROMPT
+
+
+def adjust_logits(logits: Tensor, rows: Tensor, state: "SamplingState") -> Tensor:
+    """Penalties, then bias, then masks; -inf in place of NaN.
+
+    logits: [S, V] float32, left alone; rows: [S] -> [S, V] float32
+    """
+    out = logits.clone()
+    for line, row in enumerate(rows.tolist()):
+        _penalise(out[line], row, state)
+        for i in range(int(state.num_bias[row])):
+            out[line, int(state.bias_ids[row, i])] += state.bias[row, i]
+        if state.num_tokens[row] < state.mask_until[row]:
+            out[line, state.masked_ids[row, : int(state.num_masked[row])].long()] = float("-inf")
+        if state.has_bitmask[row]:
+            bits = (state.bitmask[row][:, None] >> torch.arange(32, device=out.device)) & 1
+            out[line, bits.flatten()[: out.shape[1]] == 0] = float("-inf")
+    return out.nan_to_num_(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
+
+
+def _penalise(logits: Tensor, row: int, state: "SamplingState") -> None:
+    """In place: [V] float32. Off, it must not touch a logit, nor read the counts."""
+    presence, frequency = state.presence_penalty[row], state.frequency_penalty[row]
+    repetition = state.repetition_penalty[row]
+    if presence == 0 and frequency == 0 and repetition == 1:
+        return
+    count = state.counts[row]
+    generated = count & (IN_PROMPT - 1)
+    factor = torch.where(logits > 0, repetition.reciprocal(), repetition)
+    logits.copy_(torch.where(count != 0, logits * factor, logits))
+    logits -= frequency * generated.float()
+    logits -= torch.where(generated > 0, presence, torch.zeros_like(presence))
+
+
+def _whole(logits: Tensor) -> Tensor:
+    """[S, V], or [shards, S, V / shards] -> [S, V] float32."""
+    return (logits if logits.dim() == 2 else logits.transpose(0, 1).flatten(1)).float()
+
+
+def _noisy(logits: Tensor, rows: Tensor, state: "SamplingState", draws: Tensor) -> Tensor:
+    """logits: [S, V] float32 -> logits / temperature + noise, where a row draws: [S] bool."""
+    scaled = logits * _cold(rows, state)
+    noise = gumbel_noise(state.seed[rows], state.num_tokens[rows].long(), state.vocab_size)
+    return torch.where(draws[:, None], scaled + noise, logits)
+
+
+def _cold(rows: Tensor, state: "SamplingState") -> Tensor:
+    """[S, 1]: 1 / temperature."""
+    return state.temperature[rows].clamp(min=MIN_TEMPERATURE).reciprocal()[:, None]
+
+
+def _draws(rows: Tensor, state: "SamplingState") -> Tensor:
+    """[S] bool: which rows have more to do than to take their best token."""
+    return (state.temperature[rows] > 0) & (state.top_k[rows] != 1) & (state.top_p[rows] > 0)
+
+
+def sample_rows(
+    logits: Tensor, rows: Tensor, state: "SamplingState", token_ids: Tensor | None = None
+) -> Tensor:
+    """logits: [S, V] or [shards, S, V / shards], rows: [S] -> [S] int64, which are appended to
+    token_ids: [R, L] int32 if there are such."""
+    rows = rows.long()
+    logits = adjust_logits(_whole(logits), rows, state)
+    draws = _draws(rows, state)
+    top_k, top_p, min_p = state.top_k[rows], state.top_p[rows], state.min_p[rows]
+    filters = draws & ((top_k > 0) | (top_p < 1) | (min_p > 0))
+    if filters.any():
+        options = (top_k[filters], top_p[filters], min_p[filters])
+        logits[filters] = filter_logits(logits[filters], *options, _cold(rows[filters], state))
+    if draws.any():
+        logits = _noisy(logits, rows, state, draws)
+    chosen = logits.argmax(dim=-1)
+    if token_ids is not None:
+        _append(chosen, rows, state, token_ids)
+    return chosen
+
+
+def _append(chosen: Tensor, rows: Tensor, state: "SamplingState", token_ids: Tensor) -> None:
+    rows, chosen = (x[state.num_tokens[rows] < token_ids.shape[1]] for x in (rows, chosen))
+    token_ids[rows, state.num_tokens[rows].long()] = chosen.int()
+    state.num_tokens[rows] += 1
+    penalises = (state.presence_penalty[rows] != 0) | (state.frequency_penalty[rows] != 0)
+    penalises |= state.repetition_penalty[rows] != 1
+    state.counts[rows[penalises], chosen[penalises]] += 1
+
+
+def shard_best(
+    logits: Tensor, vocab_start: int, rows: Tensor, state: "SamplingState"
+) -> tuple[Tensor, Tensor]:
+    """logits: [S, W], of tokens from vocab_start on -> value [S] float32, token [S] int64."""
+    rows = rows.long()
+    whole = torch.full((len(rows), state.vocab_size), float("-inf"), device=logits.device)
+    own = slice(vocab_start, vocab_start + logits.shape[1])
+    whole[:, own] = logits.float()
+    whole = adjust_logits(whole, rows, state)
+    own_values = _noisy(whole, rows, state, _draws(rows, state))[:, own]
+    token = own_values.argmax(dim=-1)
+    return own_values.gather(1, token[:, None]).squeeze(1), token + vocab_start
+
+
+def merge_shards(values: Tensor, tokens: Tensor) -> Tensor:
+    """values, tokens: [shards, S] of `shard_best` -> [S] int64."""
+    return tokens.gather(0, values.argmax(dim=0, keepdim=True)).squeeze(0)
+
+
+def shard_sumexp(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """logits: [B, W] -> the largest [B] float32, and the sum of exp(logit - largest) [B]."""
+    largest = logits.float().amax(dim=-1).clamp(min=-3e38)
+    return largest, (logits.float() - largest[:, None]).exp().sum(dim=-1)
+
+
+def merge_sumexp(largest: Tensor, total: Tensor) -> Tensor:
+    """largest, total: [shards, B] of `shard_sumexp` -> logsumexp over all [B] float32."""
+    top = largest.amax(dim=0)
+    return top + (total * (largest - top).exp()).sum(dim=0).log()

@@ -6,14 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from dsd.kernels import fused, moe_route, quant, sample
+from dsd.kernels import fused, moe_route, quant
 from dsd.tests.kernels.aot import MAX_SMEM, compile_kernel
 
 pytestmark = pytest.mark.slow
 
-VOCAB = 129280
 BF16, F32, FP8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
-I32, I64 = torch.int32, torch.int64
+I64 = torch.int64
 
 
 def meta(dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -34,12 +33,8 @@ class Case:
         return self.name
 
 
-X, Q, S, W, LOGITS, IDS = (meta(dtype) for dtype in (BF16, FP8, F32, BF16, F32, I64))
-MASKS = (meta(I32), meta(torch.bool))
-ADJUST = (LOGITS, IDS, LOGITS, meta(I32), S, S, S, meta(I32), S, meta(I32), meta(I32), meta(I32))
+X, Q, S, W, IDS = (meta(dtype) for dtype in (BF16, FP8, F32, BF16, I64))
 HIDDEN = {"WIDTH": 7168, "GROUPS": 64, "UE8M0": False}
-ROW = {"VOCAB": VOCAB, "PART": sample.PART}
-JOIN = {"PARTS": 64, "BLOCK": 64}
 CACHES = [
     ("bf16", (X, X, X), {"BLOCK_SIZE": 64, "ENTRY": 576, "FP8": False}),
     ("fp8", (Q, meta(torch.float16), S), {"BLOCK_SIZE": 64, "ENTRY": 644, "FP8": True}),
@@ -145,32 +140,6 @@ CASES = [
         moe_route._combine,
         (X, IDS, S, X, X, 7168),
         {"WIDTH": 7168, "TOP_K": 8, "BLOCK": moe_route.COMBINE_BLOCK},
-    ),
-    Case("noise", sample._noise, (IDS, IDS, S), ROW),
-    Case(
-        "gumbel_argmax parts",
-        sample._argmax_parts,
-        (LOGITS, S, IDS, IDS, S, meta(I32), VOCAB),
-        ROW,
-        also_blackwell=True,
-    ),
-    Case("argmax join", sample._join_argmax, (S, meta(I32), IDS), JOIN, 1),
-    Case(
-        "filter",
-        sample._filter,
-        (LOGITS, IDS, S, S, LOGITS, VOCAB),
-        {"VOCAB": VOCAB, "BLOCK": sample.FILTER_BLOCK},
-        16,
-    ),
-    Case("sumexp parts", sample._sumexp_parts, (LOGITS, S, S, VOCAB), ROW),
-    Case("sumexp join", sample._join_sumexp, (S, S, S), JOIN, 1),
-    Case("penalise row", sample._penalise_row, (S, meta(I32), S, 0.5, 0.5, 1.1), ROW),
-    Case("count", sample._count, (IDS, meta(I32), 5000, 4000), {"BLOCK": 1024}),
-    Case(
-        "adjust",
-        sample._adjust,
-        (*ADJUST, IDS, IDS, *MASKS, VOCAB),
-        {"MAX_BIAS": 300, "MAX_MASKED": 16, **ROW},
     ),
 ]
 

@@ -12,18 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsd.kernels import fused, moe_route, quant, reference, reference_sample, sample
+from dsd.kernels import fused, moe_route, quant, reference
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
-V3_VOCAB, HIDDEN, POISON = 129280, 7168, 2147480000
+HIDDEN = 7168
 BF16, F32 = torch.bfloat16, torch.float32
 KIND = {BF16: "bfloat16", F32: "float32"}
 """Row of conftest's tolerance table."""
-NOISE_TOLERANCE = 4e-6
-"""Of two single-precision ways to compute log(-log1p(-u)); other random words differ by ~1."""
 
 
 @pytest.fixture(autouse=True)
@@ -246,133 +244,6 @@ def test_combine_experts_equals_its_twin(case: Case, close) -> None:
     close(moe_route.combine_experts(y, place, weights, shared), want + shared, kind)
 
 
-SEEDS = [0, -1, (1 << 63) - 1, -(1 << 63), 123456789123456789]
-POSITIONS = [0, 163839, (1 << 31) + 7, 5, 1]
-
-
-def field() -> tuple[Tensor, Tensor]:
-    return torch.tensor(SEEDS, device="cuda"), torch.tensor(POSITIONS, device="cuda")
-
-
-@pytest.mark.parametrize("vocab_size", [V3_VOCAB, 3])
-def test_gumbel_noise_is_its_twins_field(vocab_size: int) -> None:
-    got = sample.gumbel_noise(*field(), vocab_size).cpu()
-    want = reference_sample.gumbel_noise(*(x.cpu() for x in field()), vocab_size)
-    torch.testing.assert_close(got, want, rtol=NOISE_TOLERANCE, atol=NOISE_TOLERANCE)
-
-
-@pytest.mark.parametrize("vocab_size", [V3_VOCAB, 5003])
-def test_gumbel_argmax_takes_the_best_of_logits_and_noise(vocab_size: int) -> None:
-    logits = inside(rand(5, vocab_size, dtype=F32) * 3)
-    heat = torch.tensor([1.0, 0.6, 1e-6, 0.0, 5.0], device="cuda")
-    chosen = sample.gumbel_argmax(logits, heat, *field())
-    noisy = logits / heat[:, None] + reference_sample.gumbel_noise(*field(), vocab_size)
-    noisy = torch.where(heat[:, None] > 0, noisy, logits)
-    found = noisy.gather(1, chosen[:, None]).squeeze(1)
-    assert (found >= noisy.max(dim=1).values - 1e-4).all() and chosen.dtype == torch.int64
-    assert chosen[3] == logits[3].argmax()
-
-
-def test_argmax_takes_the_first_of_equals_and_an_index_that_exists() -> None:
-    logits = torch.zeros(4, V3_VOCAB, device="cuda")
-    logits[0, [4000, 129279, 70000]] = 1.0
-    logits[1] = float("nan")
-    logits[2] = float("-inf")
-    logits[3, -1] = 1.0
-    assert sample.argmax(logits).tolist() == [4000, 0, 0, V3_VOCAB - 1]
-
-
-@pytest.mark.parametrize("num_top", [0, 20])
-def test_top_logprobs_equal_their_twins(num_top: int, close) -> None:
-    logits = inside(rand(4, V3_VOCAB, dtype=F32) * 5)
-    logits[1, : V3_VOCAB // 2] = float("-inf")
-    chosen = torch.tensor([0, V3_VOCAB - 1, 70000, 5], device="cuda")
-    got = sample.top_logprobs(logits, chosen, num_top)
-    want = reference_sample.top_logprobs(logits, chosen, num_top)
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(("vocab_size", "spread"), [(5003, 2.0), (V3_VOCAB, 8.0)])
-def test_filter_logits_equals_its_twin_on_the_cpu(vocab_size: int, spread: float) -> None:
-    logits = inside(rand(6, vocab_size, dtype=F32) * spread)
-    top_k = torch.tensor([0, 5, 0, 0, 40, 1])
-    top_p, min_p = torch.tensor([1, 1, 0.9, 1, 0.8, 0]), torch.tensor([0, 0, 0, 0.1, 0.01, 0])
-    got = sample.filter_logits(logits, top_k.cuda(), top_p.cuda(), min_p.cuda()).cpu()
-    want = reference_sample.filter_logits(logits.cpu(), top_k, top_p, min_p)
-    wrong = (got.isfinite() != want.isfinite()).sum(dim=1)
-    assert (wrong <= 1).all(), f"{wrong=}: only a sum that just meets top-p may be rounded away"
-    kept = got.isfinite() & want.isfinite()
-    assert torch.equal(got[kept], want[kept])
-
-
-def test_filter_logits_keeps_the_first_of_equals() -> None:
-    logits = torch.zeros(2, V3_VOCAB, device="cuda")
-    logits[:, -1] = 1.0
-    top_k, off = torch.tensor([20_000, 0], device="cuda"), torch.zeros(2, device="cuda")
-    kept = sample.filter_logits(logits, top_k, torch.tensor([1, 0.5], device="cuda"), off)
-    count = kept.isfinite().sum(dim=1).tolist()
-    assert count[0] == 20_000 and count[1] == pytest.approx(V3_VOCAB / 2, abs=40)
-    for row in range(2):
-        assert kept[row, : count[row] - 1].isfinite().all() and kept[row, -1] == 1.0
-
-
-def adjustments(rows: int, ids: Tensor) -> sample.Adjustments:
-    """Row 0 of `rows` adjusts nothing, and reads nothing; row 1 everything but the bitmask; row 2
-    repetition alone, and the bitmask."""
-
-    def ints(*values: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.tensor(values + (0,) * (rows - 3), device="cuda", dtype=dtype)
-
-    def floats(*values: float) -> Tensor:
-        return torch.tensor(values + (1.0,) * (rows - 3), device="cuda")
-
-    def poisoned(width: int) -> Tensor:
-        return torch.full((rows, width), POISON, device="cuda", dtype=torch.int32)
-
-    counts, bias_ids, masked_ids = poisoned(V3_VOCAB), poisoned(300), poisoned(8)
-    for row in (1, 2):
-        sample.count_tokens(ids[row], 400, counts[row])
-    bias = torch.full((rows, 300), float("nan"), device="cuda")
-    bias_ids[1, :2] = torch.tensor([7, V3_VOCAB - 1])
-    bias[1, :2] = torch.tensor([-3.0, 5.0])
-    masked_ids[1, :2] = torch.tensor([9, 2050])
-    bitmask = poisoned(V3_VOCAB // 32)
-    bitmask[2] = torch.randint(-(1 << 31), (1 << 31) - 1, bitmask[2].shape, device="cuda")
-    return sample.Adjustments(
-        counts=counts,
-        presence_penalty=floats(0.0, 0.5, 0.0),
-        frequency_penalty=floats(0.0, 0.25, 0.0),
-        repetition_penalty=floats(1.0, 1.5, 0.8),
-        bias_ids=bias_ids,
-        bias=bias,
-        num_bias=ints(0, 2, 0),
-        masked_ids=masked_ids,
-        num_masked=ints(8, 2, 0),
-        num_tokens=ints(600, 600, 600, dtype=torch.int64),
-        mask_until=ints(600, 601, 0, dtype=torch.int64),
-        bitmask=bitmask,
-        has_bitmask=ints(0, 0, 1, dtype=torch.bool),
-    )
-
-
-def test_adjust_logits_equals_penalties_bias_and_masks() -> None:
-    ids = torch.randint(0, 300, (3, 600), device="cuda")
-    state, logits = adjustments(3, ids), inside(rand(4, V3_VOCAB, dtype=F32))
-    lines = torch.tensor([2, 0, 1, 0], device="cuda")
-    want = logits.clone()
-    want[2] = reference_sample.apply_penalties(logits[2], ids[1], 400, 0.5, 0.25, 1.5)
-    want[0] = reference_sample.apply_penalties(logits[0], ids[2], 400, 0.0, 0.0, 0.8)
-    alone = sample.apply_penalties(logits[2], ids[1], 400, 0.5, 0.25, 1.5)
-    torch.testing.assert_close(alone, want[2], rtol=1e-5, atol=1e-5)
-    bits = (state.bitmask[2][:, None] >> torch.arange(32, device="cuda")) & 1
-    want[0][bits.flatten() == 0] = float("-inf")
-    want[2, [7, V3_VOCAB - 1]] += torch.tensor([-3.0, 5.0], device="cuda")
-    want[2, [9, 2050]] = float("-inf")
-    got = sample.adjust_logits(logits, lines, state)
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-
-
 Op = Callable[..., Tensor | tuple[Tensor, ...] | None]
 
 
@@ -385,9 +256,6 @@ def graph_ops() -> dict[str, tuple[Op, Callable[[], tuple[Tensor, ...]]]]:
 
     def rows(width: int) -> Callable[[], tuple[Tensor, ...]]:
         return lambda: (rand(16, width),)
-
-    def logits(vocab: int = 5003) -> Tensor:
-        return rand(16, vocab, dtype=F32)
 
     def store(kv_a: Tensor, cos: Tensor, sin: Tensor, slots: Tensor) -> tuple[Tensor, ...]:
         cache = torch.zeros(4, 64, 576, device="cuda", dtype=BF16)
@@ -405,8 +273,6 @@ def graph_ops() -> dict[str, tuple[Op, Callable[[], tuple[Tensor, ...]]]]:
     def angles() -> tuple[Tensor, Tensor]:
         return torch.rand(16, 32, device="cuda"), torch.rand(16, 32, device="cuda")
 
-    seeds = lambda: (ints(1 << 40, 16), ints(1 << 20, 16))  # noqa: E731
-    state = adjustments(3, ints(300, 3, 600))
     return {
         "quantize": (lambda x: quant.quantize_1x128(x), rows(HIDDEN)),
         "norm": (lambda x: fused.rms_norm(x, weight, 1e-6), rows(HIDDEN)),
@@ -425,28 +291,10 @@ def graph_ops() -> dict[str, tuple[Op, Callable[[], tuple[Tensor, ...]]]]:
             lambda: (rand(16, 576), *angles(), torch.randperm(128, device="cuda")[:16]),
         ),
         "route": (route, lambda: (rand(16, 256, dtype=F32), rand(128, HIDDEN))),
-        "draw": (
-            lambda x, seed, at: sample.gumbel_argmax(x, torch.ones(16, device="cuda"), seed, at),
-            lambda: (logits(), *seeds()),
-        ),
-        "logprobs": (lambda x, i: sample.top_logprobs(x, i, 5), lambda: (logits(), ints(5003, 16))),
-        "filter": (
-            sample.filter_logits,
-            lambda: (logits(), ints(50, 16), *torch.rand(2, 16, device="cuda")),
-        ),
-        "penalties": (
-            lambda x, ids: sample.apply_penalties(x, ids, 100, 0.5, 0.5, 1.2),
-            lambda: (rand(5003, dtype=F32), ints(300, 500)),
-        ),
-        "adjust": (
-            lambda x, lines: sample.adjust_logits(x, lines, state),
-            lambda: (logits(V3_VOCAB), ints(3, 16)),
-        ),
     }
 
 
 OP_NAMES = ["quantize", "norm", "add_norm_quant", "silu", "rope", "embedding", "store", "route"]
-OP_NAMES += ["draw", "logprobs", "filter", "penalties", "adjust"]
 
 
 @pytest.mark.parametrize("name", OP_NAMES)

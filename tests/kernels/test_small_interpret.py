@@ -211,21 +211,6 @@ def test_gumbel_noise_is_the_twins(vocab_size: int) -> None:
 
 
 @interpreted
-def test_argmax_and_gumbel_argmax() -> None:
-    logits = torch.randn(4, 5001)
-    logits[:, 100:] = float("-inf")
-    logits[3, 17] = logits[3, 55] = 9.0
-    assert sample.argmax(logits).tolist() == logits.argmax(dim=-1).tolist()
-    logits[0, 3] = float("nan")
-    heat = torch.tensor([0.7, 1.3, 1e-6, 0.0])
-    got = sample.gumbel_argmax(logits, heat, SEEDS, POSITIONS)
-    noise = reference_sample.gumbel_noise(SEEDS, POSITIONS, 5001)
-    want = (logits / heat[:, None] + noise)[:3].nan_to_num(nan=float("-inf")).argmax(dim=-1)
-    assert got.tolist() == [*want.tolist(), 17]
-    assert sample.argmax(torch.full((1, 5001), float("nan"))).tolist() == [0]
-
-
-@interpreted
 def test_top_logprobs(close) -> None:
     logits = torch.randn(3, 5001) * 5
     logits[:, 2048:4096] = float("-inf")
@@ -241,52 +226,6 @@ def test_apply_penalties(penalties: tuple[float, float, float]) -> None:
     logits, token_ids = torch.randn(2100), torch.randint(0, 60, (1500,))
     got = sample.apply_penalties(logits, token_ids, 1100, *penalties)
     want = reference_sample.apply_penalties(logits, token_ids, 1100, *penalties)
-    torch.testing.assert_close(got, want)
-
-
-@interpreted
-def test_adjust_logits_reads_the_lines_row_and_nothing_else() -> None:
-    vocab, poison = 2100, 2147480000
-    ids = [torch.randint(0, vocab, (90,)) for _ in range(3)]
-    ids[1][:20] = ids[1][40:60]
-    counts = torch.zeros(3, vocab, dtype=torch.int32)
-    for row in range(3):
-        sample.count_tokens(ids[row], 40, counts[row])
-    counts[0] = poison  # its penalties are off
-    bias_ids = torch.full((3, 4), poison, dtype=torch.int32)
-    bias_ids[1, :2] = torch.tensor([7, 2099])
-    bias = torch.full((3, 4), float("nan"))
-    bias[1, :2] = torch.tensor([-3.0, 5.0])
-    masked_ids = torch.tensor([[3, poison], [9, 2050], [4, 5]], dtype=torch.int32)
-    bitmask = torch.full((3, 66), poison, dtype=torch.int32)
-    bitmask[2] = torch.randint(-(1 << 31), (1 << 31) - 1, (66,))
-    state = sample.Adjustments(
-        counts=counts,
-        presence_penalty=torch.tensor([0.0, 0.5, 0.0]),
-        frequency_penalty=torch.tensor([0.0, 0.25, 0.0]),
-        repetition_penalty=torch.tensor([1.0, 1.5, 0.8]),
-        bias_ids=bias_ids,
-        bias=bias,
-        num_bias=torch.tensor([0, 2, 0], dtype=torch.int32),
-        masked_ids=masked_ids,
-        num_masked=torch.tensor([1, 2, 2], dtype=torch.int32),
-        num_tokens=torch.tensor([90, 90, 90]),
-        mask_until=torch.tensor([90, 91, 0]),
-        bitmask=bitmask,
-        has_bitmask=torch.tensor([False, False, True]),
-    )
-    logits = torch.randn(2, 4, vocab)[0]
-    want = logits.clone()
-    for line, row in enumerate([2, 0, 1, 0]):
-        if row:
-            options = ((0.5, 0.25, 1.5), (0.0, 0.0, 0.8))[row - 1]
-            want[line] = reference_sample.apply_penalties(logits[line], ids[row], 40, *options)
-    bits = (bitmask[2][:, None] >> torch.arange(32)) & 1
-    want[0][bits.flatten()[:vocab] == 0] = float("-inf")
-    want[2, 7] -= 3.0
-    want[2, 2099] += 5.0
-    want[2, [9, 2050]] = float("-inf")
-    got = sample.adjust_logits(logits, torch.tensor([2, 0, 1, 0]), state)
     torch.testing.assert_close(got, want)
 
 

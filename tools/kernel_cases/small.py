@@ -1,4 +1,4 @@
-"""Norms, activation, rope, routing and sampling at DeepSeek-V3's sizes, for decode and for
+"""Norms, activation, rope and routing at DeepSeek-V3's sizes, for decode and for
 prefill. No peers were measured."""
 
 from collections.abc import Callable
@@ -6,13 +6,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...kernels import fused, latent, moe_route, quant, sample
+from ...kernels import fused, latent, moe_route, quant
 from . import BenchCase, Run, rotation
 
 BF16 = torch.bfloat16
 TOKENS = (1, 64, 4096)
-ROWS = (1, 64)
-HIDDEN, EXPERTS, TOP_K, VOCAB = 7168, 256, 8, 129280
+HIDDEN, EXPERTS, TOP_K = 7168, 256, 8
 Build = Callable[[int], Run]
 """Told how many sets to make."""
 
@@ -101,39 +100,6 @@ def combine_case(m: int) -> BenchCase:
     return case(f"combine_experts m={m}", m * HIDDEN * 2 * (TOP_K + 1), build)
 
 
-def sample_cases(rows: int) -> list[BenchCase]:
-    num_bytes = rows * VOCAB * 4
-
-    def logits(sets: int) -> list[Tensor]:
-        """Of bf16 grain, as the head makes them."""
-        return [rand(rows, VOCAB).float() * 2 for _ in range(sets)]
-
-    def draw(sets: int) -> Run:
-        xs, heat = logits(sets), torch.full((rows,), 0.6, device="cuda")
-        seed = torch.arange(rows, device="cuda")
-        return lambda i: sample.gumbel_argmax(xs[i], heat, seed, seed)
-
-    def filters(sets: int) -> Run:
-        xs, top_p = logits(sets), torch.full((rows,), 0.95, device="cuda")
-        top_k, min_p = torch.zeros_like(top_p).long(), torch.zeros_like(top_p)
-        return lambda i: sample.filter_logits(xs[i], top_k, top_p, min_p)
-
-    def argmax(sets: int) -> Run:
-        xs = logits(sets)
-        return lambda i: sample.argmax(xs[i])
-
-    def logprobs(sets: int) -> Run:
-        xs, chosen = logits(sets), torch.zeros(rows, device="cuda", dtype=torch.int64)
-        return lambda i: sample.top_logprobs(xs[i], chosen, 20)
-
-    return [
-        case(f"argmax rows={rows}", num_bytes, argmax),
-        case(f"gumbel_argmax rows={rows}", num_bytes, draw),
-        case(f"filter_logits top_p rows={rows}", 2 * num_bytes, filters),
-        case(f"top_logprobs rows={rows}", 2 * num_bytes, logprobs),
-    ]
-
-
 def cases() -> list[BenchCase]:
     found = [silu_case(64, 18432)]
     for m in TOKENS:
@@ -141,6 +107,4 @@ def cases() -> list[BenchCase]:
         found += [silu_case(m, 2048), rope_case(m, 128), store_case(m, BF16)]
         found += [store_case(m, torch.float8_e4m3fn)]
         found += [gate_case(m), permute_case(m), combine_case(m)]
-    for rows in ROWS:
-        found += sample_cases(rows)
     return found

@@ -1,0 +1,115 @@
+"""The sampler's kernels compile for Hopper and Blackwell, without spills; no GPU is needed."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from dsd.kernels import sample, sample_state, sample_unfused
+from dsd.tests.kernels.aot import MAX_SMEM, compile_kernel
+from dsd.tests.kernels.sample_cases import Options, make_state
+
+pytestmark = pytest.mark.slow
+
+VOCAB = 129280
+
+
+def meta(dtype: torch.dtype) -> torch.Tensor:
+    """A stand-in with an aligned address, like everything that torch allocates."""
+    return torch.empty((64, 64), dtype=dtype)
+
+
+BF16, F32 = meta(torch.bfloat16), meta(torch.float32)
+I32, I64 = meta(torch.int32), meta(torch.int64)
+STATE = make_state([Options()], VOCAB).pointers
+PARTS = -(-VOCAB // sample.PART)
+SUMS = {"VOCAB": VOCAB, "PART": sample.PART}
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    kernel: Any
+    args: tuple[Any, ...]
+    constexprs: dict[str, Any]
+    num_warps: int = 4
+    max_registers: int | None = None
+    fp_fusion: bool = True
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def parts_case(name: str, logits: torch.Tensor, width: int, start: int | None) -> Case:
+    sums = (None, None) if start is not None else (F32, F32)
+    args = (logits, I32, STATE, F32, I32, *sums, width, start)
+    sizes = {"VOCAB": VOCAB, "WIDTH": width, "PART": sample.PART}
+    return Case(
+        name, sample._win_parts, args, sizes, sample.PART_WARPS, sample.PART_REGISTERS, False
+    )
+
+
+def rows_case(name: str, logits: torch.Tensor, width: int, appends: bool) -> Case:
+    args = (logits, I32, STATE, F32, I32, F32, F32, I64, I64, I32 if appends else None)
+    sizes = {"VOCAB": VOCAB, "WIDTH": width, "PART": sample.PART}
+    sizes |= {"PARTS": PARTS, "PARTS_BLOCK": 1 << (PARTS - 1).bit_length()}
+    args = (*args, width, 4096, 4096)
+    return Case(name, sample._win_rows, args, sizes, sample.ROW_WARPS, sample.ROW_REGISTERS, False)
+
+
+CASES = [
+    parts_case("parts, bf16", BF16, VOCAB, None),
+    parts_case("parts, float32", F32, VOCAB, None),
+    parts_case("parts, gathered shards", BF16, VOCAB // 8, None),
+    parts_case("parts, one shard", BF16, VOCAB // 8, VOCAB // 8 * 3),
+    rows_case("rows, bf16, appended", BF16, VOCAB, True),
+    rows_case("rows, float32", F32, VOCAB, False),
+    rows_case("rows, gathered shards", BF16, VOCAB // 8, True),
+    Case("join", sample._join_parts, (F32, I64, F32, I64, 1, 64), {"PARTS": 64, "BLOCK": 64}, 1),
+    Case("sumexp parts", sample._sumexp_parts, (BF16, F32, F32, VOCAB), SUMS, sample.PART_WARPS),
+    Case(
+        "sumexp join",
+        sample._join_sumexp,
+        (F32, F32, F32, F32, 1, 64),
+        {"PARTS": 64, "BLOCK": 64, "AS_LOG": True},
+        1,
+    ),
+    Case("count", sample_state._count, (I32, I32, 5000, 4000), {"BIT": 1 << 30, "BLOCK": 1024}),
+    Case(
+        "noise",
+        sample_unfused._noise,
+        (I64, I64, F32),
+        {"VOCAB": VOCAB, "PART": sample_unfused.PART},
+        fp_fusion=False,
+    ),
+    Case(
+        "filter",
+        sample_unfused._filter,
+        (F32, I64, F32, F32, F32, VOCAB),
+        {"VOCAB": VOCAB, "BLOCK": sample_unfused.FILTER_BLOCK},
+        16,
+    ),
+    Case(
+        "penalise row",
+        sample_unfused._penalise_row,
+        (F32, I32, F32, 0.5, 0.5, 1.1),
+        {"VOCAB": VOCAB, "PART": sample_unfused.PART},
+    ),
+]
+
+
+@pytest.mark.parametrize("arch", [90, 100])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_sample_kernel_compiles(case: Case, arch: int) -> None:
+    report = compile_kernel(
+        case.kernel,
+        case.args,
+        case.constexprs,
+        arch,
+        case.num_warps,
+        enable_fp_fusion=case.fp_fusion,
+        **({} if case.max_registers is None else {"maxnreg": case.max_registers}),
+    )
+    assert report.spills == 0, report
+    assert report.smem <= MAX_SMEM, report
