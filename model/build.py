@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..ipc.messages import Load, Ready
+from ..kernels.compilations import compilations
 from . import graphs, kv_cache, loader, memory
 from .config import CheckpointError, ModelConfig
 from .deepseek import DeepseekV3
@@ -120,9 +121,11 @@ def _build_on_gpu(
             f"{missing / 1e9:.1f} GB more than there are"
         )
     captured = time.monotonic()
+    compiled, loaded = compilations()
     notes.append(
-        f"the largest steps take {pass_bytes / 1e9:.2f} GB, seen in {warmed - started:.1f} s; "
-        f"{len(sizes)} CUDA graphs were captured in {captured - warmed:.1f} s"
+        f"{compiled} kernels were compiled and {loaded} loaded, and the largest steps seen to take "
+        f"{pass_bytes / 1e9:.2f} GB, in {warmed - started:.1f} s; {len(sizes)} CUDA graphs were "
+        f"captured in {captured - warmed:.1f} s"
     )
     return runner
 

@@ -82,6 +82,18 @@ class DeepseekV3:
         device = self.embed.device
         self.cos, self.sin = tables(config.rope, config.qk_rope_head_dim, max_seq_len, device)
 
+    def maps(self) -> set[tuple[int, int]]:
+        """(N, K) of every dense linear map of the layers."""
+        found: set[tuple[int, int]] = set()
+        for layer in self.layers:
+            attn, mlp = layer.attn, layer.mlp
+            linears = [*attn.down, attn.q, attn.kv_b, attn.o]
+            dense = mlp.shared if isinstance(mlp, MoE) else mlp
+            if dense is not None:
+                linears += [dense.gate_up, dense.down]
+            found |= {tuple(linear.weight.shape) for linear in linears}
+        return found
+
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         """Hidden states [T, hidden] after the final norm; writes the tokens' KV into the cache."""
         x = fused.embedding(self.embed, batch.inputs.input_ids, self.dtype)

@@ -7,6 +7,8 @@ The null row's block table is the null block throughout: what these passes compu
 from collections.abc import Callable
 
 from ..ipc.messages import Chunk, Sampling, Step
+from ..kernels import gemm
+from ..kernels.compat import num_sms
 from .chunks import CONTEXT_TOKENS
 from .runner import Runner
 
@@ -14,8 +16,9 @@ MAX_LOGPROBS = 20
 """Alternatives that a request may ask for with each token of its prompt."""
 
 
-KINDS_OF_SIZES = (7, 9, 17, 19, 33, 57, 65, 129, 257, 385, 513, 769)
-"""Numbers of tokens for which kernels have variants beside those of the powers of two."""
+KINDS_OF_SIZES = (7, 9, 17, 19, 33, 57, 65, 129, 257, 577, 1793)
+"""Numbers of tokens for which kernels have variants beside those of the powers of two: small ones
+for tiles of rows, the last two for experts (with V3's 8 of 256)."""
 
 
 class Rehearsal:
@@ -49,6 +52,9 @@ class Rehearsal:
         rows = self._runner.rows
         sizes = {1 << i for i in range(self._longest.bit_length())} | {self._longest}
         sizes |= {size for size in KINDS_OF_SIZES if size <= self._longest}
+        if rows.device.type == "cuda":
+            sms = num_sms(rows.words)
+            sizes |= set(gemm.warm_up_tokens(self._runner.model.maps(), self._longest, sms))
         for done, size in enumerate(sorted(sizes)):
             report(done, len(sizes))
             cached = min(CONTEXT_TOKENS, self._max_seq_len - size, 1000)

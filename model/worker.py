@@ -28,6 +28,7 @@ from ..ipc.messages import (
     Stop,
     ToWorker,
 )
+from ..kernels.compilations import compilations
 from .build import build
 from .config import CheckpointError
 from .runner import InFlight, Runner
@@ -99,8 +100,12 @@ def serve(channel: Channel, runner: Runner) -> None:
 
 
 def _launch(runner: Runner, step: Step) -> InFlight:
+    before = compilations().compiled
     try:
-        return runner.launch(step)
+        launched = runner.launch(step)
+        if compilations().compiled > before:  # everybody waited for it
+            print(f"step {step.seq} compiled a kernel that was not rehearsed", file=sys.stderr)
+        return launched
     except RuntimeError:
         chunks = [(chunk.start, chunk.num_tokens) for chunk in step.chunks]
         num_decodes = len(step.decodes) // 4
