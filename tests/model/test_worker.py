@@ -1,0 +1,92 @@
+"""The worker's loop, with a device that takes its time."""
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from dsd.ipc.messages import Step, StepOutput, Stop
+from dsd.model import worker
+
+
+def step(seq: int) -> Step:
+    return Step(0, seq, "decode", 0, (), (), b"", ())
+
+
+@dataclass
+class Launched:
+    seq: int
+    looks_left: int
+    """How often `done` is asked before the device has finished."""
+
+    def done(self) -> bool:
+        self.looks_left -= 1
+        return self.looks_left < 0
+
+
+@dataclass
+class Device:
+    """Stands in for the runner; notes what it is told."""
+
+    looks: int
+    calls: list[tuple[str, int]] = field(default_factory=list)
+
+    def launch(self, message: Step) -> Launched:
+        self.calls.append(("launch", message.seq))
+        return Launched(message.seq, self.looks)
+
+    def collect(self, launched: Launched) -> StepOutput:
+        self.calls.append(("collect", launched.seq))
+        return StepOutput(0, launched.seq, b"")
+
+
+class Wire:
+    """Stands in for the channel: two steps at once, the others one for each result."""
+
+    def __init__(self, messages: list[Any]) -> None:
+        self.waiting = deque(messages)
+        self.credit = 2
+        self.sent: list[int] = []
+
+    def has_message(self) -> bool:
+        return self.credit > 0
+
+    def receive(self) -> Any:
+        self.credit -= 1
+        return self.waiting.popleft()
+
+    def send(self, output: StepOutput) -> None:
+        self.credit += 1
+        self.sent.append(output.seq)
+
+
+@pytest.mark.parametrize("looks", [1, 5])
+def test_serve_launches_the_next_step_while_one_runs(looks: int) -> None:
+    device, wire = Device(looks), Wire([*map(step, range(1, 6)), Stop(0)])
+    worker.serve(wire, device)
+    assert wire.sent == [1, 2, 3, 4, 5]
+    assert device.calls[:3] == [("launch", 1), ("launch", 2), ("collect", 1)]
+    assert device.calls.index(("launch", 3)) < device.calls.index(("collect", 2))
+
+
+def test_serve_with_a_device_that_has_finished_at_once_answers_before_it_asks() -> None:
+    device, wire = Device(0), Wire([*map(step, range(1, 4)), Stop(0)])
+    worker.serve(wire, device)
+    assert device.calls == [(do, seq) for seq in (1, 2, 3) for do in ("launch", "collect")]
+
+
+def test_serve_told_to_stop_finishes_the_steps_at_hand() -> None:
+    device, wire = Device(1000), Wire([step(1), Stop(0)])
+    worker.serve(wire, device)
+    assert wire.sent == [1]
+
+
+def test_a_step_that_fails_is_described_in_the_log(capfd) -> None:
+    class Broken(Device):
+        def launch(self, message: Step) -> Launched:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory"):
+        worker.serve(Wire([step(7), Stop(0)]), Broken(0))
+    assert "step 7 failed: 0 decodes" in capfd.readouterr().err
