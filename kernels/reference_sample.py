@@ -51,31 +51,6 @@ def gumbel_noise(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
     return -torch.log(-torch.log1p(-uniform.clamp(max=1 - 2.0**-24)))
 
 
-def apply_penalties(
-    logits: Tensor,
-    token_ids: Tensor,
-    num_prompt_tokens: int,
-    presence_penalty: float,
-    frequency_penalty: float,
-    repetition_penalty: float,
-) -> Tensor:
-    """Penalties of one row, as OpenAI (presence, frequency: over the generated tokens) and CTRL
-    (repetition: over all tokens, arXiv 1909.05858) define them.
-
-    logits: [V] float32, token_ids: [prompt + generated] int64. -> [V] float32.
-    """
-    vocab_size = logits.shape[0]
-    if repetition_penalty != 1.0:
-        seen = torch.zeros(vocab_size, dtype=torch.bool, device=logits.device)
-        seen[token_ids] = True
-        penalised = torch.where(
-            logits > 0, logits / repetition_penalty, logits * repetition_penalty
-        )
-        logits = torch.where(seen, penalised, logits)
-    counts = torch.bincount(token_ids[num_prompt_tokens:], minlength=vocab_size)
-    return logits - frequency_penalty * counts - presence_penalty * (counts > 0)
-
-
 def filter_logits(
     logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, cold: Tensor | float = 1.0
 ) -> Tensor:

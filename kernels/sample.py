@@ -5,8 +5,6 @@ the best of logits + noise. The second joins a row's parts, and where the row ha
 min-p looks again (`sample_filter`). Nothing here waits for the device: all may be captured in a
 CUDA graph. What draws a token is the noise field of `reference_sample.gumbel_noise`, so the same
 token comes out whatever the batch.
-
-`sample_unfused` holds the same steps one by one.
 """
 
 import torch
@@ -28,15 +26,11 @@ from .sample_row import (
     tokens_from,
 )
 from .sample_state import IN_PROMPT, SamplingState, count_tokens
-from .sample_unfused import apply_penalties, filter_logits, gumbel_noise
 
 __all__ = [
     "IN_PROMPT",
     "SamplingState",
-    "apply_penalties",
     "count_tokens",
-    "filter_logits",
-    "gumbel_noise",
     "logsumexp",
     "merge_shards",
     "merge_sumexp",
@@ -93,7 +87,10 @@ def _sample(logits: Tensor, rows: Tensor, state: SamplingState, token_ids: Tenso
     assert rows.is_contiguous(), rows.stride()
     assert vocab <= MAX_VOCAB, vocab
     num_parts = triton.cdiv(vocab, PART)
-    best, top, total = torch.empty(3, lines, num_parts, dtype=float32, device=logits.device)
+    # Of one tensor they would be aligned as the number of lines has it, and compiled for that.
+    best, top, total = (
+        torch.empty(lines, num_parts, dtype=float32, device=logits.device) for _ in range(3)
+    )
     token = torch.empty(lines, num_parts, dtype=int32, device=logits.device)
     lists = torch.empty(lines, LIST.value, dtype=int64, device=logits.device)
     out = torch.empty(lines, dtype=int64, device=logits.device)
@@ -206,7 +203,7 @@ def merge_sumexp(largest: Tensor, total: Tensor) -> Tensor:
 def _sumexp_of_parts(logits: Tensor) -> tuple[Tensor, Tensor]:
     assert logits.dim() == 2 and logits.stride(1) == 1, (logits.shape, logits.stride())
     grid = logits.shape[0], triton.cdiv(logits.shape[1], PART)
-    largest, total = torch.empty(2, *grid, dtype=float32, device=logits.device)
+    largest, total = (torch.empty(grid, dtype=float32, device=logits.device) for _ in range(2))
     _sumexp_parts[grid](
         logits, largest, total, logits.stride(0), VOCAB=logits.shape[1], PART=PART,
         num_warps=PART_WARPS
@@ -218,7 +215,7 @@ def _join_sums(largest: Tensor, total: Tensor, as_log: bool) -> tuple[Tensor, Te
     """[parts, B] both -> the same of all parts [B]; as_log: logsumexp in place of the first."""
     assert largest.stride() == total.stride(), (largest.stride(), total.stride())
     parts, lines = largest.shape
-    top, whole = torch.empty(2, lines, dtype=float32, device=largest.device)
+    top, whole = (torch.empty(lines, dtype=float32, device=largest.device) for _ in range(2))
     _join_sumexp[(lines,)](
         largest, total, top, whole, *largest.stride(),
         PARTS=parts, BLOCK=triton.next_power_of_2(parts), AS_LOG=as_log, num_warps=1
@@ -226,7 +223,7 @@ def _join_sums(largest: Tensor, total: Tensor, as_log: bool) -> tuple[Tensor, Te
     return top, whole
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows"])
 def _win_parts(
     logits, rows, state, best, token_out, top, total, stride, vocab_start, VOCAB: tl.constexpr,
     WIDTH: tl.constexpr, PART: tl.constexpr
@@ -249,6 +246,8 @@ def _win_parts(
     heat, k, p, min_p = options(state, row, VOCAB)
     part = line * tl.num_programs(1) + tl.program_id(1)
     value = adjusted(raw, token, inside, start, PART, row, state, adjustments(state, row))
+    # A NaN must not win over what is behind the vocabulary: the token becomes an index.
+    value = tl.where(value == value, value, float("-inf"))
     if heat > 0:
         seed = tl.load(state.seed + row * state.seed_stride)
         position = tl.load(state.num_tokens + row * state.row_stride)
@@ -275,13 +274,14 @@ def _store_filter_sums(value, cold, filters, p, top, total):
             tl.store(total, tl.sum(tl.sum(weight, 1), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows"])
 def _win_rows(
     logits, rows, state, best, token, top, total, lists, out, token_ids, stride, ids_stride,
     max_tokens, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr, VOCAB: tl.constexpr,
     WIDTH: tl.constexpr, PART: tl.constexpr
 ):  # fmt: skip
-    line = tl.program_id(0).to(tl.int64)
+    # Backwards: what `_win_parts` read last may still be in the L2 cache.
+    line = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     index = tl.arange(0, PARTS_BLOCK)
     part = line * PARTS + index
     value = tl.load(best + part, index < PARTS, float("-inf"))

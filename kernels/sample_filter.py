@@ -31,10 +31,10 @@ BLOCK = tl.constexpr(4096)
 """Tokens that a pass over a row looks at at once."""
 LIST = tl.constexpr(1024)
 """Tokens that a row's list holds; with more of them left, passes over the row go on."""
-_LOWEST = tl.constexpr(-3.4028234663852886e38)
-MAX_VOCAB = 1 << 20
 CHUNK = tl.constexpr(16)
 """Entries of a list that are compared with all others at once."""
+MAX_VOCAB = 1 << 20
+_LOWEST = tl.constexpr(-3.4028234663852886e38)
 _NO_ENTRY = tl.constexpr(-0x7FFFFFFFFFFFFFFF)
 _TOKEN_BITS = tl.constexpr(20)
 _LAST_TOKEN = tl.constexpr(MAX_VOCAB - 1)
@@ -100,7 +100,8 @@ def _load_block(block, here, VOCAB: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _hits(raw, block, here, limit, limit_token, VOCAB: tl.constexpr):
-    """Adjusted logits of a block, its tokens, and which of them rank before the limit."""
+    """Adjusted logits of a block, its tokens, and which of them rank before the limit. The limit is
+    not -inf, or what is behind the vocabulary would rank before it."""
     _logits, _stride, _line, row, state, asked = here
     token = tokens_from(block * BLOCK, BLOCK)
     value = adjusted(raw, token, token < VOCAB, block * BLOCK, BLOCK, row, state, asked)
@@ -115,15 +116,18 @@ def _ahead(
     More tokens never have a smaller sum, rounding included: the order of summation is fixed."""
     number = tl.zeros((BLOCK // 4,), tl.int32)
     mass = tl.zeros((BLOCK // 4,), tl.float32)
+    # Two blocks are on their way while one is added up: memory takes longer to answer than that.
     block = _next_block(tops, limit, -1)
     raw = _load_block(block, here, VOCAB, WIDTH)
+    second = _next_block(tops, limit, block)
+    second_raw = _load_block(second, here, VOCAB, WIDTH)
     while block < _NO_TOKEN:
-        following = _next_block(tops, limit, block)
-        next_raw = _load_block(following, here, VOCAB, WIDTH)
+        third = _next_block(tops, limit, second)
+        third_raw = _load_block(third, here, VOCAB, WIDTH)
         value, _, hit = _hits(raw, block, here, limit, limit_token, VOCAB)
         number += tl.sum(hit.to(tl.int32), 1)
         mass += tl.sum(tl.where(hit, tl.exp2((value - top) * rate), 0.0), 1)
-        block, raw = following, next_raw
+        block, raw, second, second_raw = second, second_raw, third, third_raw
     return tl.sum(number, 0), tl.sum(mass, 0)
 
 
@@ -134,15 +138,17 @@ def _collect(
     """Lists the tokens that rank before a limit, LIST of them at most. -> the number of all."""
     filled = tl.full((), 0, tl.int32)
     block = _next_block(tops, limit, -1)
+    raw = _load_block(block, here, VOCAB, WIDTH)
     while block < _NO_TOKEN:
-        raw = _load_block(block, here, VOCAB, WIDTH)
+        second = _next_block(tops, limit, block)
+        second_raw = _load_block(second, here, VOCAB, WIDTH)
         value, token, hit = _hits(raw, block, here, limit, limit_token, VOCAB)
         inner = tl.cumsum(hit.to(tl.int32), 1)
         number = tl.sum(hit.to(tl.int32), 1)
         place = filled + (tl.cumsum(number, 0) - number)[:, None] + inner - 1
         tl.store(listed + place, _entry(value, token), hit & (place < LIST))
         filled += tl.sum(number, 0)
-        block = _next_block(tops, limit, block)
+        block, raw = second, second_raw
     tl.debug_barrier()
     return filled
 

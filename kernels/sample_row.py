@@ -141,8 +141,8 @@ def adjustments(state, row):
 
 @triton.jit
 def adjusted(raw, token, inside, start, SIZE: tl.constexpr, row, state, asked):
-    """Logits of tokens within start ... start + SIZE - 1 after penalties, bias and masks, and -inf
-    in place of NaN, as float32. asked: `adjustments`; a row without any takes one branch."""
+    """Logits of tokens within start ... start + SIZE - 1 after penalties, bias and masks, as
+    float32. asked: `adjustments`; a row without any takes one branch."""
     value = raw.to(tl.float32)
     presence, frequency, repetition, num_bias, num_masked, has_bitmask = asked
     penalises = (presence != 0) | (frequency != 0) | (repetition != 1)
@@ -161,11 +161,11 @@ def adjusted(raw, token, inside, start, SIZE: tl.constexpr, row, state, asked):
         if has_bitmask != 0:
             word = tl.load(state.bitmask + row * state.bitmask_stride + token // 32, inside, 0)
             value = tl.where((word >> (token % 32)) & 1 != 0, value, float("-inf"))
-    # A NaN must not win over what is behind the vocabulary: the token becomes an index.
-    return tl.where(value == value, value, float("-inf"))
+    return value
 
 
 @triton.jit
 def ranks_before(value, token, limit, limit_token):
-    """Tokens are ranked by their logits, equals by their index. A limit is a place between two."""
+    """Tokens are ranked by their logits, equals by their index. A limit is a place between two; NaN
+    is before none."""
     return (value > limit) | ((value == limit) & (token < limit_token))

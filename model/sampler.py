@@ -1,7 +1,7 @@
 """Logits to tokens and log-probabilities for the lines of a step.
 
 The order is that of `ipc.messages.Sampling`: penalties, bias, mask; then temperature and filters;
-then the noise field of `kernels.sample.gumbel_noise`, and the argmax. So a row's token depends on
+then the noise field of `reference_sample.gumbel_noise`, and the argmax. So a row's token depends on
 its own logits, seed and position alone: not on the batch, the step, or a replay.
 """
 

@@ -218,13 +218,29 @@ def rows_state(m: int, device: str) -> None:
 
 
 def sampling(m: int, device: str) -> None:
+    """m rows, every other one of them with every option."""
     logits = torch.arange(m * VOCAB, device=device, dtype=F32).view(m, VOCAB).sin()
-    seeds = at_an_offset(torch.arange(m, device=device), m)
-    sample.gumbel_noise(seeds, seeds, VOCAB)
-    top_k, top_p = at_an_offset(seeds % 3, m), torch.full((m,), 0.9, device=device)
-    sample.filter_logits(logits, top_k, at_an_offset(top_p, m), top_p - 0.9)
-    sample.top_logprobs(logits, seeds, 5)
-    sample.apply_penalties(logits[0], seeds, m // 2, 0.5, 0.5, 1.2)
+    odd = torch.arange(m + 1, device=device) % 2
+
+    def floats(value: float, off: float) -> Tensor:
+        return torch.where(odd == 1, value, off).float()
+
+    ids = zeros(device, m + 1, 64, dtype=torch.int32)
+    state = sample.SamplingState(
+        temperature=floats(0.7, 0.0), top_k=(odd * 40).int(), top_p=floats(0.9, 1.0),
+        min_p=floats(0.05, 0.0), seed=odd.clone(), num_tokens=(odd + 3).int(),
+        presence_penalty=floats(0.5, 0.0), frequency_penalty=floats(0.5, 0.0),
+        repetition_penalty=floats(1.2, 1.0),
+        counts=zeros(device, m + 1, VOCAB, dtype=torch.int32), bias_ids=ids.clone(),
+        bias=zeros(device, m + 1, 64, dtype=F32), num_bias=(odd * 2).int(),
+        masked_ids=ids.clone(), num_masked=odd.int(), mask_until=(odd * 9).int(),
+        bitmask=zeros(device, m + 1, -(-VOCAB // 32), dtype=torch.int32), has_bitmask=odd.int() * 0,
+    )  # fmt: skip
+    lines = at_an_offset(torch.arange(m, device=device, dtype=torch.int32), m)
+    sample.count_tokens(ids[0, :9], 4, state.counts[0])
+    sample.sample_and_append(logits.bfloat16(), lines, state, ids)
+    sample.sample_rows(logits, lines, state)
+    sample.top_logprobs(logits, zeros(device, m, dtype=torch.int64), 5)
 
 
 RUNS: dict[str, Run] = {

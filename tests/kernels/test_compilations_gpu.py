@@ -18,7 +18,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if name != "sample"])
+@pytest.mark.parametrize("name", RUNS)
 def test_up_to_300_tokens_after_the_warm_up_compile_nothing(name: str) -> None:
     for m in WARM_TOKENS:
         RUNS[name](m, "cuda")

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsd.kernels.reference_sample import philox4x32
-from dsd.kernels.sample import apply_penalties, filter_logits, gumbel_noise, top_logprobs
+from dsd.kernels.reference_sample import filter_logits, gumbel_noise, philox4x32
+from dsd.kernels.sample import top_logprobs
 
 V3_VOCAB = 129280
 MASK = 0xFFFFFFFF
@@ -207,43 +207,6 @@ def test_filter_logits_masked_tokens_stay_masked_and_one_token_always_stays() ->
     logits[:, 7] = -3.0
     out = run_filters(logits, [Filter(top_k=3, top_p=0.5, min_p=0.2), Filter(top_p=0.0)])
     assert torch.isfinite(out).nonzero().tolist() == [[0, 7], [1, 7]]
-
-
-@dataclass(frozen=True)
-class Penalties:
-    presence: float = 0.0
-    frequency: float = 0.0
-    repetition: float = 1.0
-
-
-@pytest.mark.parametrize(
-    "penalties",
-    [
-        Penalties(),
-        Penalties(presence=0.5),
-        Penalties(frequency=-1.5),
-        Penalties(repetition=1.3),
-        Penalties(repetition=0.7),
-        Penalties(2.0, 1.0, 1.2),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize(("num_prompt", "num_output"), [(6, 0), (6, 1), (6, 60)])
-def test_apply_penalties_equals_a_naive_loop(
-    penalties: Penalties, num_prompt: int, num_output: int
-) -> None:
-    logits = torch.randn(40)
-    token_ids = torch.randint(0, 40, (num_prompt + num_output,))
-    before = logits.clone()
-    p = penalties
-    got = apply_penalties(logits, token_ids, num_prompt, p.presence, p.frequency, p.repetition)
-    assert torch.equal(logits, before), "the input is left alone"
-    generated = token_ids.tolist()[num_prompt:]
-    for token, logit in enumerate(before.tolist()):
-        if token in token_ids.tolist():
-            logit = logit / p.repetition if logit > 0 else logit * p.repetition
-        logit -= p.frequency * generated.count(token) + p.presence * (token in generated)
-        assert got[token].item() == pytest.approx(logit, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("num_top", [0, 1, 5, 40])

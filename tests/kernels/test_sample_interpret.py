@@ -57,14 +57,15 @@ def test_sample_rows_that_keep_more_than_a_list_takes(spread: float) -> None:
 
 @interpreted
 def test_sample_rows_of_equals_keeps_the_first() -> None:
-    logits = torch.zeros(len(WIDE_OPTIONS), 9001)
-    check(logits, WIDE_OPTIONS)
+    some = WIDE_OPTIONS[::2]
+    logits = torch.zeros(len(some), 9001)
+    check(logits, some)
     logits[:, 4500:] = 1.0
     logits[:, 8999] = -1.0
-    check(logits, WIDE_OPTIONS)
+    check(logits, some)
     logits[:, :] = -0.0
     logits[:, ::2] = 0.0
-    check(logits, WIDE_OPTIONS)
+    check(logits, some)
 
 
 @interpreted

@@ -197,19 +197,6 @@ def test_gather(num_tokens: int) -> None:
         same_bits(scales[:used], q[1][order[:used] // 3])
 
 
-SEEDS = torch.tensor([0, -1, (1 << 63) - 1, 123456789123456789])
-POSITIONS = torch.tensor([0, 163839, (1 << 31) + 7, 5])
-
-
-@interpreted
-@pytest.mark.parametrize("vocab_size", [3, 2048, 5001])
-def test_gumbel_noise_is_the_twins(vocab_size: int) -> None:
-    """Noise of different random words differs by far more than this."""
-    got = sample.gumbel_noise(SEEDS, POSITIONS, vocab_size)
-    want = reference_sample.gumbel_noise(SEEDS, POSITIONS, vocab_size)
-    torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-6)
-
-
 @interpreted
 def test_top_logprobs(close) -> None:
     logits = torch.randn(3, 5001) * 5
@@ -218,54 +205,3 @@ def test_top_logprobs(close) -> None:
     got, want = (module.top_logprobs(logits, chosen, 4) for module in (sample, reference_sample))
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-
-@interpreted
-@pytest.mark.parametrize("penalties", [(0, 0, 1.0), (0.5, -1.5, 1.3), (2.0, 1.0, 0.7)], ids=str)
-def test_apply_penalties(penalties: tuple[float, float, float]) -> None:
-    logits, token_ids = torch.randn(2100), torch.randint(0, 60, (1500,))
-    got = sample.apply_penalties(logits, token_ids, 1100, *penalties)
-    want = reference_sample.apply_penalties(logits, token_ids, 1100, *penalties)
-    torch.testing.assert_close(got, want)
-
-
-FILTERS = [
-    (0, 1.0, 0.0),
-    (1, 1.0, 0.0),
-    (5, 1.0, 0.0),
-    (9999, 1.0, 0.0),
-    (0, 0.0, 0.0),
-    (0, 0.3, 0.0),
-    (0, 0.9, 0.0),
-    (0, 0.999, 0.0),
-    (0, 1.0, 0.05),
-    (0, 1.0, 1.0),
-    (7, 0.8, 0.1),
-    (40, 0.95, 0.0),
-    (0, 1e-6, 0.5),
-]
-
-
-@interpreted
-@pytest.mark.parametrize("spread", [0.5, 3.0, 30.0])
-def test_filter_logits(spread: float) -> None:
-    logits = torch.randn(len(FILTERS), 300) * spread
-    logits[:, 200:205] = float("-inf")
-    top_k, top_p, min_p = (torch.tensor(column) for column in zip(*FILTERS, strict=True))
-    got = sample.filter_logits(logits, top_k, top_p, min_p)
-    want = reference_sample.filter_logits(logits, top_k, top_p, min_p)
-    assert torch.equal(got, want)
-
-
-@interpreted
-def test_filter_logits_keeps_the_first_of_equals() -> None:
-    logits = torch.zeros(4, 9000)
-    logits[:, 8999] = 1.0
-    logits[3] = float("-inf")
-    top_k = torch.tensor([4, 0, 8999, 3])
-    top_p, min_p = torch.tensor([1.0, 0.5, 1.0, 0.5]), torch.zeros(4)
-    kept = sample.filter_logits(logits, top_k, top_p, min_p).isfinite()
-    half = -(-(8999 + 2.718281828) * 0.5 // 1) - 3  # tokens of weight 1 besides the best
-    assert kept.sum(dim=1).tolist() == [4, pytest.approx(half + 1, abs=2), 8999, 0]
-    for row, count in enumerate(kept.sum(dim=1).tolist()[:3]):
-        assert kept[row, : count - 1].all() and kept[row, 8999]

@@ -21,7 +21,7 @@ def launched(name: str, counts: tuple[int, ...]) -> set[Variant]:
     return noted
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if name != "sample"])
+@pytest.mark.parametrize("name", RUNS)
 def test_kernels_of_other_token_counts_are_those_of_the_warm_up(name: str) -> None:
     warm = launched(name, WARM_TOKENS)
     new = sorted(launched(name, SERVED) - warm)
