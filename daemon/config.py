@@ -235,7 +235,12 @@ def worker_socket_name(epoch: int) -> str:
 def worker_environment() -> dict[str, str]:
     """What workers are started with. OpenMP's threads spin while they wait for each other; where
     others want the cores too, its default (for ever) makes a small model four times slower."""
-    return {"GOMP_SPINCOUNT": "20000", **os.environ}
+    return {
+        "GOMP_SPINCOUNT": "20000",
+        # Else what the largest steps leave behind is in pieces of the wrong size.
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        **os.environ,
+    }
 
 
 def notify_socket() -> str | None:

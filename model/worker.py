@@ -84,33 +84,44 @@ def serve(channel: Channel, runner: Runner) -> None:
     """Runs steps in order until Stop. On a GPU a step is launched as soon as it arrives, also while
     those before it still run; results leave in order, as they end."""
     in_flight: deque[InFlight] = deque()
-    while True:
-        if in_flight and in_flight[0].done():
-            channel.send(runner.collect(in_flight.popleft()))
-        elif in_flight and not channel.has_message():
-            time.sleep(POLL_INTERVAL_S)
-        else:
-            message = channel.receive()
-            if isinstance(message, Stop):
-                break
-            assert isinstance(message, Step), message
-            in_flight.append(_launch(runner, message))
-    for launched in in_flight:
-        channel.send(runner.collect(launched))
+    try:
+        while True:
+            if in_flight and in_flight[0].done():
+                channel.send(runner.collect(in_flight[0]))
+                in_flight.popleft()
+            elif in_flight and not channel.has_message():
+                time.sleep(POLL_INTERVAL_S)
+            else:
+                message = channel.receive()
+                if isinstance(message, Stop):
+                    break
+                assert isinstance(message, Step), message
+                in_flight.append(_launch(runner, message))
+        for launched in in_flight:
+            channel.send(runner.collect(launched))
+    except RuntimeError:  # a GPU says so late: any of the steps under way may be the one
+        for launched in in_flight:
+            print(f"under way: {describe(launched.step)}", file=sys.stderr)
+        raise
 
 
 def _launch(runner: Runner, step: Step) -> InFlight:
     before = compilations().compiled
     try:
         launched = runner.launch(step)
-        if compilations().compiled > before:  # everybody waited for it
-            print(f"step {step.seq} compiled a kernel that was not rehearsed", file=sys.stderr)
-        return launched
     except RuntimeError:
-        chunks = [(chunk.start, chunk.num_tokens) for chunk in step.chunks]
-        num_decodes = len(step.decodes) // 4
-        print(f"step {step.seq} failed: {num_decodes} decodes, {chunks=}", file=sys.stderr)
+        print(f"cannot be launched: {describe(step)}", file=sys.stderr)
         raise
+    if compilations().compiled > before:  # everybody waited for it
+        print(f"compiled a kernel that was not rehearsed: {describe(step)}", file=sys.stderr)
+    return launched
+
+
+def describe(step: Step) -> str:
+    """The shapes of a step, for the log of a failure."""
+    chunks = ", ".join(f"{chunk.start}+{chunk.num_tokens}" for chunk in step.chunks)
+    graph = f", padded to {step.padded_size}" if not step.chunks else ""
+    return f"step {step.seq}: {len(step.decodes) // 4} decodes{graph}, chunks [{chunks}]"
 
 
 class Reporter:

@@ -11,12 +11,13 @@ from dsd.model import worker
 
 
 def step(seq: int) -> Step:
-    return Step(0, seq, "decode", 0, (), (), b"", ())
+    return Step(0, seq, "decode", 4, (), (), b"\0" * 8, ())
 
 
 @dataclass
 class Launched:
     seq: int
+    step: Step
     looks_left: int
     """How often `done` is asked before the device has finished."""
 
@@ -34,7 +35,7 @@ class Device:
 
     def launch(self, message: Step) -> Launched:
         self.calls.append(("launch", message.seq))
-        return Launched(message.seq, self.looks)
+        return Launched(message.seq, message, self.looks)
 
     def collect(self, launched: Launched) -> StepOutput:
         self.calls.append(("collect", launched.seq))
@@ -82,11 +83,29 @@ def test_serve_told_to_stop_finishes_the_steps_at_hand() -> None:
     assert wire.sent == [1]
 
 
-def test_a_step_that_fails_is_described_in_the_log(capfd) -> None:
+def test_a_step_that_cannot_be_launched_is_described_in_the_log(capfd) -> None:
     class Broken(Device):
         def launch(self, message: Step) -> Launched:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            raise RuntimeError("CUDA error: out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        worker.serve(Wire([step(7), Stop(0)]), Broken(0))
+    err = capfd.readouterr().err
+    assert "cannot be launched: step 7: 2 decodes, padded to 4, chunks []" in err
+
+
+def test_steps_under_way_when_the_device_fails_are_described_in_the_log(capfd) -> None:
+    class Late(Launched):
+        def done(self) -> bool:
+            if super().done():
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            return False
+
+    class Broken(Device):
+        def launch(self, message: Step) -> Launched:
+            return Late(message.seq, message, self.looks)
 
     with pytest.raises(RuntimeError, match="illegal memory"):
-        worker.serve(Wire([step(7), Stop(0)]), Broken(0))
-    assert "step 7 failed: 0 decodes" in capfd.readouterr().err
+        worker.serve(Wire([step(7), step(8), Stop(0)]), Broken(3))
+    err = capfd.readouterr().err
+    assert "under way: step 7" in err and "under way: step 8" in err
