@@ -102,8 +102,9 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     """One forward pass. The worker obeys; it never re-decides.
 
     `joins` and `grows` are applied first, in order. Then every row of `decodes` computes its one
-    newest token and every chunk its slice. Tokens are sampled for all `decodes`, then for each
-    chunk with `sample`, in this order.
+    newest token and its drafts, and every chunk its slice. Tokens are sampled for all `decodes`,
+    then for each chunk with `sample`, in this order: a chunk gets one, a row of `decodes` one more
+    than the drafts that are what would have been sampled without them.
     """
 
     epoch: int
@@ -117,6 +118,10 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     decodes: bytes
     """int32 rows."""
     chunks: tuple[Chunk, ...]
+    num_drafts: int = 0
+    """Draft tokens behind the newest one that each of `decodes` verifies; at most `num_nextn`."""
+    num_next_drafts: int = 0
+    """Draft tokens that each row whose token is sampled gets for the step after this one."""
 
 
 class LogprobEntry(msgspec.Struct, frozen=True, array_like=True):
@@ -134,7 +139,7 @@ class StepOutput(msgspec.Struct, frozen=True, array_like=True, tag="step_output"
     epoch: int
     seq: int
     token_ids: bytes
-    """int32, one for each sampled row, in the order that `Step` defines."""
+    """int32: the tokens of each sampled row, in the order that `Step` defines."""
     logprobs: dict[int, LogprobEntry] = {}
     """By index into `token_ids`; only rows that asked."""
     prompt_logprobs: dict[int, tuple[LogprobEntry, ...]] = {}
@@ -143,6 +148,8 @@ class StepOutput(msgspec.Struct, frozen=True, array_like=True, tag="step_output"
     """That the step took on the device."""
     idle_us: int = 0
     """That the device stood idle between the step before and this one."""
+    num_tokens: bytes = b""
+    """int32, how many of `token_ids` belong to each sampled row; empty: one each."""
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
@@ -190,6 +197,8 @@ class Load(msgspec.Struct, frozen=True, array_like=True, tag="load"):
     """Every pass is checked for NaN, eagerly."""
     fp8_gemm: str = "auto"
     """"auto" or "triton": our kernels; "torch": cuBLASLt's for dense maps."""
+    num_nextn: int = 0
+    """Draft tokens of multi-token prediction that a step may verify; 0: off."""
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True, tag="progress"):
@@ -222,6 +231,8 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     """What was chosen and why, a sentence each."""
     graph_batch_sizes: tuple[int, ...] = ()
     """Sizes of decode steps that `Step.padded_size` may name for a captured graph."""
+    num_nextn: int = 0
+    """As the Load asked."""
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):

@@ -87,18 +87,25 @@ def decode_inputs(
     inputs: Inputs,
     block_table: Tensor,
     seq_lens: Tensor,
+    drafts: Tensor | None = None,
+    query_len: int = 1,
 ) -> None:
-    """The newest token of each row of a decode batch, and one more of the row's tokens computed.
+    """The newest token of each row of a decode batch and query_len - 1 drafts of what follows it;
+    and one more of the row's tokens computed, the newest.
 
     rows: [B] int32; the last row of `state` is the null row of padding: it keeps its state, its
-    length is 0 and its slot is in the null block
+    length is 0 and its slots are the first of the null block
     cos, sin: [max_positions, P/2] float32, the tables
-    inputs: the first B tokens are written
+    inputs: the first B * query_len tokens are written, row after row
     block_table: [B, max_blocks] int32, written up to each sequence's length; seq_lens: [B] int32,
-    written, the new token included
+    written, the new tokens included
+    drafts: [R, at least query_len - 1] int32
     """
     num_rows, null = rows.shape[0], state.num_tokens.shape[0] - 1
     assert rows.dtype == torch.int32 and block_table.shape[0] == seq_lens.shape[0] == num_rows
+    if query_len > 1:
+        assert drafts is not None and drafts.dtype == torch.int32, drafts
+        assert drafts.shape[1] >= query_len - 1 and drafts.stride(1) == 1, drafts.shape
     if not num_rows:
         return
     if runs_kernels(rows):
@@ -107,15 +114,22 @@ def decode_inputs(
             state.token_ids, state.num_computed, state.block_table, rows, cos, sin,
             inputs.input_ids, inputs.positions, inputs.slot_mapping, inputs.cos, inputs.sin,
             block_table, seq_lens, null, state.token_ids.stride(0), state.block_table.stride(0),
-            block_table.stride(0), SIZE=state.block_size, PAIRS=pairs,
-            PAIRS_BLOCK=triton.next_power_of_2(pairs), num_warps=1, **overlap(rows)
+            block_table.stride(0), drafts if query_len > 1 else None,
+            drafts.stride(0) if drafts is not None and query_len > 1 else 0, SIZE=state.block_size,
+            PAIRS=pairs, PAIRS_BLOCK=triton.next_power_of_2(pairs), LEN=query_len,
+            LEN_BLOCK=triton.next_power_of_2(query_len), num_warps=1, **overlap(rows)
         )  # fmt: skip
         return
     row, real = rows.long(), rows != null
-    position = torch.where(real, state.num_computed[row], 0).long()
-    seq_lens[:] = torch.where(real, position + 1, 0)
+    first = torch.where(real, state.num_computed[row], 0).long()
+    seq_lens[:] = torch.where(real, first + query_len, 0)
     block_table[:] = state.block_table[row]
-    _read(state, row, position, cos, sin, inputs, 0)
+    behind = torch.arange(query_len, device=rows.device)
+    position = torch.where(real[:, None], first[:, None] + behind, 0).flatten()
+    _read(state, row.repeat_interleave(query_len), position, cos, sin, inputs, 0)
+    if drafts is not None and query_len > 1:
+        ids = inputs.input_ids[: num_rows * query_len].view(num_rows, query_len)
+        ids[:, 1:] = drafts[row, : query_len - 1]
     state.num_computed[row[real]] += 1
 
 
@@ -183,39 +197,58 @@ def _angles(cos, sin, cos_out, sin_out, position, token, PAIRS: tl.constexpr, BL
 
 
 @triton.jit(
-    do_not_specialize=["null", "ids_stride", "table_stride", "out_table_stride"],
+    do_not_specialize=[
+        "null",
+        "ids_stride",
+        "table_stride",
+        "out_table_stride",
+        "drafts_stride",
+    ],
     do_not_specialize_on_alignment=["rows", "seq_lens"],
 )
 def _decode_inputs(
     token_ids, num_computed, block_table, rows, cos, sin, input_ids, positions, slots, cos_out,
-    sin_out, out_table, seq_lens, null, ids_stride, table_stride, out_table_stride,
-    SIZE: tl.constexpr, PAIRS: tl.constexpr, PAIRS_BLOCK: tl.constexpr, PDL: tl.constexpr
+    sin_out, out_table, seq_lens, null, ids_stride, table_stride, out_table_stride, drafts,
+    drafts_stride, SIZE: tl.constexpr, PAIRS: tl.constexpr, PAIRS_BLOCK: tl.constexpr,
+    LEN: tl.constexpr, LEN_BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     wait_previous(PDL)
     line = tl.program_id(0)
     row = tl.load(rows + line).to(tl.int64)
     real = row != null
-    position = tl.where(real, tl.load(num_computed + row), 0)
-    tl.store(input_ids + line, tl.load(token_ids + row * ids_stride + position).to(tl.int64))
-    tl.store(positions + line, position.to(tl.int64))
+    first = tl.where(real, tl.load(num_computed + row), 0)
+    behind = tl.arange(0, LEN_BLOCK)
+    inside = behind < LEN
+    position = tl.where(real, first + behind, 0)
+    token = line * LEN + behind
+    found = tl.load(token_ids + row * ids_stride + first + behind, behind == 0, 0)
+    if LEN > 1:
+        drafted = tl.load(
+            drafts + row * drafts_stride + behind - 1, inside & (behind > 0), 0
+        )  # fmt: skip
+        found = tl.where(behind == 0, found, drafted)
+    tl.store(input_ids + token, found.to(tl.int64), inside)
+    tl.store(positions + token, position.to(tl.int64), inside)
     table = block_table + row * table_stride
-    block = tl.load(table + position // SIZE).to(tl.int64)
-    tl.store(slots + line, block * SIZE + position % SIZE)
-    tl.store(seq_lens + line, tl.where(real, position + 1, 0))
-    for begin in range(0, position // SIZE + 1, 128):
+    block = tl.load(table + position // SIZE, inside, 0).to(tl.int64)
+    tl.store(slots + token, block * SIZE + position % SIZE, inside)
+    last = tl.where(real, first + LEN - 1, 0)
+    tl.store(seq_lens + line, tl.where(real, last + 1, 0))
+    for begin in range(0, last // SIZE + 1, 128):
         at = begin + tl.arange(0, 128)
-        mask = at <= position // SIZE
+        mask = at <= last // SIZE
         to = out_table + line.to(tl.int64) * out_table_stride + at
         tl.store(to, tl.load(table + at, mask), mask)
     _angles(
-        cos, sin, cos_out, sin_out, tl.full((1, 1), position, tl.int32),
-        tl.full((1, 1), line, tl.int32), PAIRS, PAIRS_BLOCK
+        cos, sin, cos_out, sin_out, tl.expand_dims(position, 1),
+        tl.expand_dims(tl.where(inside, token, -1), 1), PAIRS, PAIRS_BLOCK
     )  # fmt: skip
-    tl.store(num_computed + row, position + 1, mask=real)
+    tl.store(num_computed + row, first + 1, mask=real)
 
 
 @triton.jit(
-    do_not_specialize=["ids_stride", "table_stride"], do_not_specialize_on_alignment=["chunks"]
+    do_not_specialize=["ids_stride", "table_stride"],
+    do_not_specialize_on_alignment=["token_ids", "chunks"],
 )
 def _chunk_inputs(
     token_ids, num_computed, block_table, chunks, cos, sin, input_ids, positions, slots, cos_out,

@@ -1,6 +1,6 @@
 """`ForwardBatch`: one forward pass as tensors, between the runner and the model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -44,11 +44,11 @@ class Prefills:
 
 @dataclass(frozen=True)
 class ForwardBatch:
-    """Decode tokens first (one per sequence), then the prefill slices.
+    """Decode tokens first (`query_len` of each sequence), then the prefill slices.
 
     ```
-    tokens   | d0 d1 d2 ... | p0 p0 p0 | p1 p1 ... |
-             <- num_decodes -><- slices[0] -> ...
+    tokens   | d0 d0 d1 d1 ...       | p0 p0 p0 | p1 p1 ... |
+             <- num_decode_tokens --><- slices[0] -> ...
     ```
     """
 
@@ -57,18 +57,33 @@ class ForwardBatch:
     block_table: Tensor
     """[num_decodes, max_blocks] int32; entries past a sequence's length are never read."""
     seq_lens: Tensor
-    """[num_decodes] int32, the new token included; 0: a row of padding."""
+    """[num_decodes] int32, the new tokens included; 0: a row of padding."""
     prefills: Prefills | None
+    query_len: int = 1
+
+    @property
+    def num_decode_tokens(self) -> int:
+        return self.num_decodes * self.query_len
+
+    def following(self, input_ids: Tensor) -> "ForwardBatch":
+        """The same places with other tokens: [T] int64."""
+        return replace(self, inputs=replace(self.inputs, input_ids=input_ids))
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a pass ends with: a line for each token that was wanted."""
+    """What a pass ends with: a line for each token that was wanted, `query_len` of them for each
+    decode, then one for each chunk that samples."""
 
     logits: Tensor
     """[S, vocab_size] float32."""
     token_ids: Tensor
     """[S] int64."""
+    num_tokens: Tensor | None = None
+    """[decodes] int32: of a decode's lines, the first so many are tokens. None: all are."""
 
-    def first(self, num_lines: int) -> "Sampled":
-        return Sampled(self.logits[:num_lines], self.token_ids[:num_lines])
+    def first(self, num_decodes: int, query_len: int) -> "Sampled":
+        """Of a batch of decodes, what the first of them got."""
+        stop = num_decodes * query_len
+        num_tokens = None if self.num_tokens is None else self.num_tokens[:num_decodes]
+        return Sampled(self.logits[:stop], self.token_ids[:stop], num_tokens)

@@ -9,11 +9,13 @@ import torch
 
 from ..ipc.messages import Load, Ready
 from ..kernels.compilations import compilations
+from ..kernels.mla import MAX_QUERY_LEN
 from . import graphs, kv_cache, loader, memory
 from .config import CheckpointError, ModelConfig
 from .deepseek import DeepseekV3
 from .kv_cache import KVCache
 from .layers import Arithmetic
+from .mtp import MTP
 from .numerics import Numerics
 from .parallel import Layout
 from .rehearsal import Rehearsal
@@ -42,29 +44,33 @@ def build(load: Load, report: Report) -> tuple[Runner, Ready]:
     device = _device(load.device)
     dtype = DTYPES[config.dtype if load.dtype == "auto" else load.dtype]
     limits = _limits(load, config, device)
+    mtp = _drafts(load, config)
     act_quant = load.act_quant == "fp8" or (load.act_quant == "auto" and device.type == "cuda")
     if load.load_format == "dummy":
-        weights = loader.dummy(config, layout, dtype, device)
+        weights = loader.dummy(config, layout, dtype, device, mtp=mtp)
     else:
         done = lambda done, total: report("loading", done, total)  # noqa: E731
-        weights = loader.load(config, model_dir, dtype, device, done, layout)
+        weights = loader.load(config, model_dir, dtype, device, done, layout, mtp)
     config = layout.local(config)
     report("building", 0, 0)
     numerics = Numerics() if load.check_numerics else None
     arithmetic = Arithmetic(dtype, act_quant and config.fp8, config.ue8m0, load.fp8_gemm == "torch")
-    model = DeepseekV3(config, weights, arithmetic, limits.max_seq_len, numerics)
+    longest = limits.max_seq_len + _room(load)
+    model = DeepseekV3(config, weights, arithmetic, longest, numerics)
+    drafts = MTP(config, weights, arithmetic, model) if mtp else None
     num_parameters = sum(w.numel() for n, w in weights.items() if not n.endswith(".scale"))
     weight_bytes = sum(weight.nbytes for weight in weights.values())
     del weights  # the model holds what it needs
     rows = Rows(
-        limits.max_batch_size, limits.max_seq_len, load.block_size, config.vocab_size, device
+        limits.max_batch_size, longest, load.block_size, config.vocab_size, device, load.num_nextn
     )
     notes = _notes(config, load, act_quant, device)
     if device.type == "cuda":
-        runner = _build_on_gpu(load, model, rows, limits, report, notes)
+        runner = Runner(model, _blocks(load, model, 2, device), rows, drafts)
+        _set_up_on_gpu(runner, load, limits, report, notes)
     else:
         budget = load.kv_cache_gb * 1e9 or kv_cache.cpu_budget()
-        runner = Runner(model, _cache(load, model, limits, int(budget), device), rows)
+        runner = Runner(model, _cache(load, model, limits, int(budget), device), rows, drafts)
     ready = Ready(
         epoch=load.epoch,
         device=str(device),
@@ -79,41 +85,38 @@ def build(load: Load, report: Report) -> tuple[Runner, Ready]:
         weight_bytes=weight_bytes,
         notes=tuple(notes),
         graph_batch_sizes=runner.graphs.sizes,
+        num_nextn=load.num_nextn,
     )
     return runner, ready
 
 
-def _build_on_gpu(
-    load: Load,
-    model: DeepseekV3,
-    rows: Rows,
-    limits: Limits,
-    report: Report,
-    notes: list[str],
-) -> Runner:
-    """Rehearses on a KV cache of two blocks, takes what is left for the real one, captures; where
-    that leaves too little, once more with a smaller cache."""
-    device, started = rows.device, time.monotonic()
-    dtype = _kv_dtype(load, model)
-    runner = Runner(model, KVCache(model.config, 2, load.block_size, dtype, device), rows)
+def _set_up_on_gpu(
+    runner: Runner, load: Load, limits: Limits, report: Report, notes: list[str]
+) -> None:
+    """Rehearses on the runner's KV cache of two blocks, takes what is left for the real one,
+    captures; where that leaves too little, once more with a smaller cache."""
+    device, model, started = runner.device, runner.model, time.monotonic()
     rehearsal = Rehearsal(runner, limits.max_num_tokens, limits.max_seq_len)
     rehearsal.all_sizes(lambda done, total: report("compiling", done, total))
     sizes = _graph_sizes(load, limits.max_batch_size)
     pass_bytes = memory.peak_of(device, rehearsal.largest_passes)
     graph_bytes = memory.peak_of(device, rehearsal.largest_decode) if sizes else 0
-    graph_bytes += len(sizes) * len(model.layers) * memory.GRAPH_BYTES_PER_LAYER
+    drafts = graphs.drafts_of(load.num_nextn)
+    num_graphs = len(sizes) * len(drafts)
+    passes = len(model.layers) + load.num_nextn  # of the MTP layer, one for each draft
+    graph_bytes += num_graphs * passes * memory.GRAPH_BYTES_PER_LAYER
     budget = int(load.kv_cache_gb * 1e9) or memory.kv_budget(
         device, pass_bytes + graph_bytes, load.kv_cache_free_gpu_memory_fraction
     )
     warmed = time.monotonic()
     for _ in range(2):
         runner.cache = _cache(load, model, limits, budget, device)
-        runner.graphs.capture(sizes, lambda done, total: report("capturing", done, total))
+        runner.graphs.capture(sizes, drafts, lambda done, total: report("capturing", done, total))
         missing = memory.missing(device, pass_bytes)
         if missing <= 0 or load.kv_cache_gb:
             break
         runner.graphs.drop()
-        runner.cache = KVCache(model.config, 2, load.block_size, dtype, device)
+        runner.cache = _blocks(load, model, 2, device)
         budget -= missing + memory.SPARE_BYTES
     if missing > 0:
         raise RuntimeError(
@@ -124,10 +127,9 @@ def _build_on_gpu(
     compiled, loaded = compilations()
     notes.append(
         f"{compiled} kernels were compiled and {loaded} loaded, and the largest steps seen to take "
-        f"{pass_bytes / 1e9:.2f} GB, in {warmed - started:.1f} s; {len(sizes)} CUDA graphs were "
+        f"{pass_bytes / 1e9:.2f} GB, in {warmed - started:.1f} s; {num_graphs} CUDA graphs were "
         f"captured in {captured - warmed:.1f} s"
     )
-    return runner
 
 
 def _cache(
@@ -135,13 +137,18 @@ def _cache(
 ) -> KVCache:
     """What the budget gives, but no more than a full batch of full sequences needs."""
     dtype = _kv_dtype(load, model)
-    per_block = kv_cache.block_bytes(model.config, load.block_size, dtype)
-    useful = kv_cache.useful_blocks(limits.max_batch_size, limits.max_seq_len, load.block_size)
+    per_block = kv_cache.block_bytes(model.config, load.block_size, dtype, load.num_nextn > 0)
+    longest = limits.max_seq_len + _room(load)
+    useful = kv_cache.useful_blocks(limits.max_batch_size, longest, load.block_size)
     num_blocks = min(budget // per_block, useful)
     if num_blocks < 2 and not load.kv_cache_gb:
         raise RuntimeError(f"{budget / 1e9:.2f} GB are left for the KV cache")
-    num_blocks = max(2, num_blocks)
-    return KVCache(model.config, num_blocks, load.block_size, dtype, device)
+    return _blocks(load, model, max(2, num_blocks), device)
+
+
+def _blocks(load: Load, model: DeepseekV3, num_blocks: int, device: torch.device) -> KVCache:
+    dtype, mtp = _kv_dtype(load, model), load.num_nextn > 0
+    return KVCache(model.config, num_blocks, load.block_size, dtype, device, mtp)
 
 
 def _kv_dtype(load: Load, model: DeepseekV3) -> torch.dtype:
@@ -192,6 +199,28 @@ def _limits(load: Load, config: ModelConfig, device: torch.device) -> Limits:
     return Limits(batch_size, load.max_num_tokens or max(num_tokens, batch_size), max_seq_len)
 
 
+def _drafts(load: Load, config: ModelConfig) -> bool:
+    """Whether there is drafting. Raises CheckpointError where the model or we cannot."""
+    if load.num_nextn and not config.num_nextn_predict_layers:
+        raise CheckpointError(
+            f"num_nextn {load.num_nextn}: {Path(load.model_dir) / 'config.json'} has "
+            f"num_nextn_predict_layers {config.num_nextn_predict_layers}, and so no layer that "
+            "drafts"
+        )
+    if not 0 <= load.num_nextn < MAX_QUERY_LEN:
+        raise CheckpointError(
+            f"num_nextn {load.num_nextn} is not between 0 and {MAX_QUERY_LEN - 1}"
+        )
+    return load.num_nextn > 0
+
+
+def _room(load: Load) -> int:
+    """Positions behind max_seq_len: a row runs over its end by what the steps in flight accept,
+    and drafts beyond that."""
+    pipeline_depth = load.pp_size + 1
+    return (pipeline_depth + 1) * (load.num_nextn + 1) if load.num_nextn else 0
+
+
 def _notes(config: ModelConfig, load: Load, act_quant: bool, device: torch.device) -> list[str]:
     notes = []
     if load.load_format == "dummy":
@@ -207,8 +236,10 @@ def _notes(config: ModelConfig, load: Load, act_quant: bool, device: torch.devic
     if load.kv_cache_dtype == "fp8" or config.kv_cache_fp8:
         asks = "" if load.kv_cache_dtype == "fp8" else ", as hf_quant_config.json asks"
         notes.append(f"latents in the KV cache are quantised to fp8, a scale for each token{asks}")
-    if config.num_nextn_predict_layers:
-        notes.append("the MTP layers of the checkpoint are not used by this version")
+    if load.num_nextn:
+        notes.append(f"the MTP layer drafts up to {load.num_nextn} tokens a step")
+    elif config.num_nextn_predict_layers:
+        notes.append("num_nextn is 0: the MTP layer of the checkpoint is not used")
     if load.check_numerics:
         notes.append("every pass is checked for NaN: steps are eager and wait for the device")
     if device.type == "cpu":

@@ -38,27 +38,33 @@ class TargetSpec(NamedTuple):
     kind: str
 
 
-def tensors(config: ModelConfig, layout: Layout = WHOLE) -> Iterator[TensorSpec]:
-    """Every tensor of the checkpoint of which the rank holds a part, MTP layers left out. Raises
-    CheckpointError for a layout that the sizes do not allow."""
+def tensors(config: ModelConfig, layout: Layout = WHOLE, mtp: bool = False) -> Iterator[TensorSpec]:
+    """Every tensor of the checkpoint of which the rank holds a part; with `mtp` those of the first
+    MTP layer too, which the last stage holds. Raises CheckpointError for a layout that the sizes do
+    not allow."""
     hidden, vocab = config.hidden_size, config.vocab_size
     rows = layout.vocabulary(config)
     has_head = layout.is_last_stage and not config.tie_word_embeddings
-    if layout.is_first_stage or (layout.is_last_stage and config.tie_word_embeddings):
+    drafts = layout.is_last_stage and mtp
+    if layout.is_first_stage or drafts or (layout.is_last_stage and config.tie_word_embeddings):
         yield _plain("model.embed_tokens.weight", (vocab, hidden), "embed", rows)
     for layer in layout.layers(config):
         yield from _layer(config, layout, layer)
+    if drafts:
+        yield from _mtp_layer(config, layout)
     if layout.is_last_stage:
         yield _plain("model.norm.weight", (hidden,), "norm")
     if has_head:
         yield _plain("lm_head.weight", (vocab, hidden), "lm_head", rows)
 
 
-def targets(config: ModelConfig, layout: Layout = WHOLE) -> dict[str, TargetSpec]:
+def targets(
+    config: ModelConfig, layout: Layout = WHOLE, mtp: bool = False
+) -> dict[str, TargetSpec]:
     """The tensors in memory that `tensors` fill, by name. Names count layers as the checkpoint
     does; experts and rows are the rank's own."""
     found: dict[str, TargetSpec] = {}
-    for spec in tensors(config, layout):
+    for spec in tensors(config, layout, mtp):
         rows, *others = (len(held) for held in spec.part)
         shape = (spec.row + rows, *others)
         if spec.expert is not None:
@@ -71,7 +77,8 @@ def targets(config: ModelConfig, layout: Layout = WHOLE) -> dict[str, TargetSpec
 
 def is_ignored(config: ModelConfig, name: str) -> bool:
     """True for tensors that a checkpoint may hold beside `tensors`: the MTP layers, which follow
-    the last layer, buffers that old exports wrote, and a head that is tied."""
+    the last layer (of one that is served, its copies of embedding and head), buffers that old
+    exports wrote, and a head that is tied."""
     if name.endswith("rotary_emb.inv_freq"):
         return True
     if config.tie_word_embeddings and name == "lm_head.weight":
@@ -153,6 +160,18 @@ def _layer(config: ModelConfig, layout: Layout, layer: int) -> Iterator[TensorSp
     if held := layout.shared_width(config):
         shared = width * config.n_shared_experts
         yield from _mlp(config, f"{name}.mlp.shared_experts", f"{target}.shared", shared, held)
+
+
+def _mtp_layer(config: ModelConfig, layout: Layout) -> Iterator[TensorSpec]:
+    """A decoder layer behind the last one, with what makes its input and reads its output. Its
+    embedding and head are the model's own, of which the checkpoint holds copies."""
+    layer, hidden = config.num_hidden_layers, config.hidden_size
+    name, target = f"model.layers.{layer}", f"layers.{layer}"
+    yield _plain(f"{name}.enorm.weight", (hidden,), f"{target}.enorm")
+    yield _plain(f"{name}.hnorm.weight", (hidden,), f"{target}.hnorm")
+    yield _plain(f"{name}.eh_proj.weight", (hidden, 2 * hidden), f"{target}.eh_proj")
+    yield from _layer(config, layout, layer)
+    yield _plain(f"{name}.shared_head.norm.weight", (hidden,), f"{target}.head_norm")
 
 
 def _attention(config: ModelConfig, layout: Layout, name: str, target: str) -> Iterator[TensorSpec]:

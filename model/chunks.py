@@ -21,9 +21,13 @@ class ChunkPlan:
     """Where the tokens of a step's chunks lie behind its decodes, as vectors that travel with the
     step's delta and come back by `prefills`."""
 
-    def __init__(self, delta: Delta, chunks: Sequence[Chunk], decodes: Words) -> None:
+    def __init__(
+        self, delta: Delta, chunks: Sequence[Chunk], decodes: Words, query_len: int
+    ) -> None:
+        """decodes: rows, of which `query_len` tokens each are computed."""
         sizes = [chunk.num_tokens for chunk in chunks]
-        ends = list(accumulate(sizes, initial=len(decodes)))
+        before = len(decodes) * query_len
+        ends = list(accumulate(sizes, initial=before))
         self.chunks = chunks
         self.first_tokens = ends[:-1]
         """Of each chunk, the index of its first token in the pass."""
@@ -39,10 +43,10 @@ class ChunkPlan:
                 for value in (chunk.row, chunk.start, chunk.num_tokens, first)
             )
         )
-        self._bounds = delta.carry(_ints(end - len(decodes) for end in ends))
+        self._bounds = delta.carry(_ints(end - before for end in ends))
         last = [end - 1 for chunk, end in zip(chunks, ends[1:], strict=True) if chunk.sample]
         self._lines = delta.carry(np.concatenate((decodes, _ints(self.sampled))))
-        self._wanted = delta.carry(_ints((*range(len(decodes)), *last)))
+        self._wanted = delta.carry(_ints((*range(before), *last)))
         self._contexts = [
             (pieces, delta.carry(_bounds_of(pieces, len(chunks))))
             for pieces in _slices([chunk.start for chunk in chunks], CONTEXT_TOKENS)
@@ -53,8 +57,8 @@ class ChunkPlan:
         return carried[self._table].view(-1, 4)
 
     def lines(self, carried: Tensor) -> tuple[Tensor, Tensor]:
-        """Of every line whose token is wanted, decodes first: its row [S] int32, and its index in
-        the pass [S] int64."""
+        """Of everything whose token is wanted, decodes first: its row [decodes + chunks] int32, and
+        the indices of its tokens in the pass [decodes * query_len + chunks] int64."""
         return carried[self._lines], carried[self._wanted].long()
 
     def prefills(self, carried: Tensor, block_table: Tensor) -> Prefills:

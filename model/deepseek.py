@@ -56,6 +56,15 @@ class DecoderLayer:
             numerics.check(f"{self.name}.mlp", x)
         return x, residual
 
+    def maps(self) -> set[tuple[int, int]]:
+        """(N, K) of its dense linear maps."""
+        attn, mlp = self.attn, self.mlp
+        linears = [*attn.down, attn.q, attn.kv_b, attn.o]
+        dense = mlp.shared if isinstance(mlp, MoE) else mlp
+        if dense is not None:
+            linears += [dense.gate_up, dense.down]
+        return {tuple(linear.weight.shape) for linear in linears}
+
 
 class DeepseekV3:
     """The whole model on one device."""
@@ -84,15 +93,7 @@ class DeepseekV3:
 
     def maps(self) -> set[tuple[int, int]]:
         """(N, K) of every dense linear map of the layers."""
-        found: set[tuple[int, int]] = set()
-        for layer in self.layers:
-            attn, mlp = layer.attn, layer.mlp
-            linears = [*attn.down, attn.q, attn.kv_b, attn.o]
-            dense = mlp.shared if isinstance(mlp, MoE) else mlp
-            if dense is not None:
-                linears += [dense.gate_up, dense.down]
-            found |= {tuple(linear.weight.shape) for linear in linears}
-        return found
+        return {shape for layer in self.layers for shape in layer.maps()}
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         """Hidden states [T, hidden] after the final norm; writes the tokens' KV into the cache."""
@@ -101,7 +102,7 @@ class DeepseekV3:
             self.numerics.check("embed", x)
         schedule = self.layers[0].attn.schedule(batch, cache.layers[0])
         residual: Tensor | None = None
-        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=False):  # MTP's is behind
             x, residual = layer(x, residual, batch, layer_cache, schedule, self.numerics)
         assert residual is not None
         normed, _ = fused.add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)

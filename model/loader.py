@@ -89,8 +89,10 @@ def load(
     device: torch.device,
     report: Progress,
     layout: Layout = WHOLE,
+    mtp: bool = False,
 ) -> dict[str, Tensor]:
-    """The rank's part of the weights of `model_dir`, by the target names of `checkpoint.targets`.
+    """The rank's part of the weights of `model_dir`, by the target names of `checkpoint.targets`;
+    `mtp`: those of the MTP layer too.
 
     fp8 weights stay e4m3 with float32 scales. Others keep their dtype, except that float32 ones are
     rounded to `dtype` if that is narrower. Raises CheckpointError before memory is taken for
@@ -98,9 +100,10 @@ def load(
     """
     with ExitStack() as stack:
         index = Index.read(model_dir, stack)
-        specs = list(checkpoint.tensors(config, layout))
-        check(config, index, specs)
-        weights = _allocate(config, layout, index, specs, dtype, device)
+        specs = list(checkpoint.tensors(config, layout, mtp))
+        check(config, index, specs, mtp)
+        wanted = checkpoint.targets(config, layout, mtp)
+        weights = _allocate(wanted, index, specs, dtype, device)
         total = sum(weight.nbytes for weight in weights.values())
         done, lock = [0], threading.Lock()
 
@@ -116,10 +119,10 @@ def load(
     return weights
 
 
-def check(config: ModelConfig, index: Index, specs: list[TensorSpec]) -> None:
+def check(config: ModelConfig, index: Index, specs: list[TensorSpec], mtp: bool) -> None:
     """Compares what the files hold with what the model needs: names of the whole model, shapes and
     dtypes of `specs`. Raises CheckpointError."""
-    names = [spec.name for spec in checkpoint.tensors(config)]
+    names = [spec.name for spec in checkpoint.tensors(config, mtp=mtp)]
     expected = set(names)
     missing = [name for name in names if name not in index.files]
     if missing:
@@ -150,8 +153,7 @@ def _check_tensor(index: Index, spec: TensorSpec, fp8: bool) -> None:
 
 
 def _allocate(
-    config: ModelConfig,
-    layout: Layout,
+    wanted: dict[str, TargetSpec],
     index: Index,
     specs: list[TensorSpec],
     dtype: torch.dtype,
@@ -159,7 +161,7 @@ def _allocate(
 ) -> dict[str, Tensor]:
     first = {spec.target: spec for spec in reversed(specs)}
     weights = {}
-    for target, spec in checkpoint.targets(config, layout).items():
+    for target, spec in wanted.items():
         stored = index.slice(first[target].name).get_dtype()
         weights[target] = _empty(spec, stored, dtype, device)
     return weights
@@ -198,7 +200,12 @@ def _fill(index: Index, spec: TensorSpec, target: Tensor) -> None:
 
 
 def dummy(
-    config: ModelConfig, layout: Layout, dtype: torch.dtype, device: torch.device, seed: int = 0
+    config: ModelConfig,
+    layout: Layout,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+    mtp: bool = False,
 ) -> dict[str, Tensor]:
     """What `load` gives, of random numbers made on the device; for measurements.
 
@@ -208,9 +215,10 @@ def dummy(
     the same of what each of them holds.
     """
     generator = torch.Generator(device)
-    first = {spec.target: spec for spec in reversed(list(checkpoint.tensors(config, layout)))}
+    specs = list(checkpoint.tensors(config, layout, mtp))
+    first = {spec.target: spec for spec in reversed(specs)}
     weights = {}
-    for target, spec in checkpoint.targets(config, layout).items():
+    for target, spec in checkpoint.targets(config, layout, mtp).items():
         is_fp8 = config.fp8 and spec.kind == "linear"
         weight = _empty(spec, "F8_E4M3" if is_fp8 else STORED[config.dtype], dtype, device)
         source = first[target.removesuffix(".scale")]

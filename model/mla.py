@@ -59,13 +59,9 @@ class MLA:
         if not (batch.num_decodes and cache.is_cuda):
             return None
         config = self.config
-        q = torch.empty(
-            batch.num_decodes,
-            self.heads,
-            config.latent_dim,
-            dtype=self.w_uk.dtype,
-            device=cache.device,
-        )
+        shape = (batch.num_decode_tokens, self.heads, config.latent_dim)
+        q = torch.empty(shape, dtype=self.w_uk.dtype, device=cache.device)
+        q = _by_sequence(q, batch)
         return mla.decode_schedule(q, cache, batch.block_table, batch.seq_lens, config.kv_lora_rank)
 
     def __call__(
@@ -76,7 +72,7 @@ class MLA:
         schedule: Schedule | None,
     ) -> Tensor:
         """x: [T, hidden], cache: this layer's -> [T, hidden]."""
-        config, inputs, num_decodes = self.config, batch.inputs, batch.num_decodes
+        config, inputs, num_decodes = self.config, batch.inputs, batch.num_decode_tokens
         parts = [down(x) for down in self.down]
         q_in, kv_a = (
             parts
@@ -103,7 +99,7 @@ class MLA:
     def _decode(
         self, q: Tensor, batch: ForwardBatch, cache: Tensor, schedule: Schedule | None
     ) -> Tensor:
-        """Absorbed. q: [B, H, D] -> [B, H, v]."""
+        """Absorbed. q: [T, H, D], `query_len` tokens of each sequence -> [T, H, v]."""
         config, rank, inputs = self.config, self.config.kv_lora_rank, batch.inputs
         q_nope, q_pe = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
         absorbed = q.new_empty(len(q), self.heads, config.latent_dim)
@@ -111,8 +107,9 @@ class MLA:
         cos, sin = inputs.cos[: len(q)], inputs.sin[: len(q)]
         fused.apply_rope(q_pe, cos, sin, out=absorbed[..., rank:])
         latent = mla.mla_decode(
-            absorbed, cache, batch.block_table, batch.seq_lens, rank, config.softmax_scale, schedule
-        )
+            _by_sequence(absorbed, batch), cache, batch.block_table, batch.seq_lens, rank,
+            config.softmax_scale, schedule
+        ).view(-1, self.heads, rank)  # fmt: skip
         out = q.new_empty(len(q), self.heads, config.v_head_dim)
         torch.bmm(latent.transpose(0, 1), self.w_uv, out=out.transpose(0, 1))
         return out
@@ -162,6 +159,13 @@ class MLA:
         expanded = self.kv_b(kv_latent).view(-1, self.heads, nope + v_dim)
         k_nope, v = expanded.split([nope, v_dim], dim=-1)
         return k_nope, v
+
+
+def _by_sequence(q: Tensor, batch: ForwardBatch) -> Tensor:
+    """[T, H, D] as `mla_decode` takes it: of several tokens a sequence [B, Sq, H, D]."""
+    if batch.query_len == 1:
+        return q
+    return q.view(batch.num_decodes, batch.query_len, *q.shape[1:])
 
 
 def _down_projections(

@@ -10,6 +10,7 @@ from ..ipc.messages import Chunk, Sampling, Step
 from ..kernels import gemm
 from ..kernels.compat import num_sms
 from .chunks import CONTEXT_TOKENS
+from .graphs import drafts_of
 from .runner import Runner
 
 MAX_LOGPROBS = 20
@@ -44,7 +45,8 @@ class Rehearsal:
         rows.reset_null()
 
     def largest_decode(self) -> None:
-        self._runner.decode(self._runner.rows.null)
+        null, num_nextn = self._runner.rows.null, self._runner.rows.num_nextn
+        self._runner.decode(null, num_nextn, num_nextn)
 
     def all_sizes(self, report: Callable[[int, int], None]) -> None:
         """Chunks of every kind of size, alone and behind a cached prefix; and what only some
@@ -54,12 +56,15 @@ class Rehearsal:
         sizes |= {size for size in KINDS_OF_SIZES if size <= self._longest}
         if rows.device.type == "cuda":
             sms = num_sms(rows.words)
-            sizes |= set(gemm.warm_up_tokens(self._runner.model.maps(), self._longest, sms))
+            sizes |= set(gemm.warm_up_tokens(self._runner.maps(), self._longest, sms))
         for done, size in enumerate(sorted(sizes)):
             report(done, len(sizes))
             cached = min(CONTEXT_TOKENS, self._max_seq_len - size, 1000)
             self._pass([(0, size)])
             self._pass([(cached, size)])
+        if rows.num_nextn:
+            for drafts in drafts_of(rows.num_nextn):
+                self._runner.decode(1, *drafts)
         rows.sampling[rows.null] = Sampling(presence_penalty=1.0)
         rows.count(rows.null)
         rows.sampling[rows.null] = Sampling()
@@ -69,5 +74,6 @@ class Rehearsal:
         """Chunks of the null row: (first position, number of tokens) of each."""
         null = self._runner.rows.null
         chunks = tuple(Chunk(null, start, count, True) for start, count in parts)
-        step = Step(0, 0, "prefill", 0, (), (), b"", chunks)
+        num_nextn = self._runner.rows.num_nextn
+        step = Step(0, 0, "prefill", 0, (), (), b"", chunks, num_next_drafts=num_nextn)
         self._runner.run(step)

@@ -8,6 +8,7 @@ of them have their KV, where that is, and how its tokens are chosen. `token_ids[
     token_ids[row]   | prompt ......... | generated .... |   (unwritten)
     positions        0                                   num_tokens[row]
     KV in the cache  <------ num_computed[row] ------>
+    drafts[row]                                         | d_1 ... d_N |   what may follow
 
 All but the counts of penalties is int32 words of one tensor, so that a step's changes are one copy
 to the device and one kernel: `Delta`. The last row is the null row, whose lines pad a captured
@@ -49,6 +50,9 @@ class Delta:
         self._spans: list[int] = []
         self._parts: list[Words] = []
         self._length = 0
+        self.tables: dict[int, Words] = {}
+        """Whole block tables that are on their way, by row: what a row gets more is written here,
+        since spans may not overlap."""
 
     def put(self, to: int, values: Words) -> None:
         """words[to : to + len(values)] = values, once this is sent."""
@@ -104,10 +108,13 @@ class Rows:
         block_size: int,
         vocab_size: int,
         device: torch.device,
+        num_nextn: int = 0,
     ) -> None:
+        """num_nextn: drafts of a row; max_seq_len then has room for what runs over a row's end."""
         num_rows = max_batch_size + 1
         self.device = device
         self.null = max_batch_size
+        self.num_nextn = num_nextn
         self._fields: dict[str, _Field] = {}
         size = 0
         for name, width in {
@@ -117,6 +124,7 @@ class Rows:
             "bias": MAX_BIAS,
             "masked_ids": MAX_MASKED,
             "seed": 2,
+            "drafts": num_nextn,
             **dict.fromkeys((*COUNTS, *FLOATS, "batch"), 1),
         }.items():
             self._fields[name] = _Field(size, width, num_rows)
@@ -136,6 +144,8 @@ class Rows:
         num_rows, device = self.null + 1, self.device
         self.batch = view["batch"]
         """[max_batch_size + 1] int32: the rows of the decode batch, then the null row."""
+        self.drafts = view["drafts"].view(num_rows, self.num_nextn)
+        """[R, num_nextn] int32; some token ids where a step drafted less."""
         tokens = ("token_ids", "num_tokens", "num_computed", "block_table")
         self.tokens = TokenState(*(view[name] for name in tokens), block_size)
         whole = ("top_k", "bias_ids", "num_bias", "masked_ids", "num_masked", "mask_until")
@@ -168,6 +178,11 @@ class Rows:
         self.num_prompt_tokens[row] = join.num_prompt_tokens
         self._num_joined[row] = len(ids)
         self._num_blocks[row] = 0
+        if self.num_nextn:
+            # Drafts may run over the blocks that the row has: they must not find another row's.
+            table = np.zeros(self._fields["block_table"].width, np.int32)
+            self._put_values(delta, "block_table", row, table)
+            delta.tables[row] = table
         self.grow(delta, Grow(row, join.block_table))
         self.sampling[row] = join.sampling
         self._put_sampling(delta, row, join.sampling, join.num_prompt_tokens)
@@ -177,6 +192,9 @@ class Rows:
         start, field = self._num_blocks[grow.row], self._fields["block_table"]
         self._num_blocks[grow.row] = stop = start + len(grow.block_ids)
         assert stop <= field.width, f"{stop=} > {field.width=}"
+        if (table := delta.tables.get(grow.row)) is not None:
+            table[start:stop] = grow.block_ids
+            return
         to = field.start + grow.row * field.width + start
         delta.put(to, np.array(grow.block_ids, np.int32))
 

@@ -6,10 +6,11 @@ A step of decodes alone replays a captured graph; chunks of prompts run eagerly.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..ipc.messages import Step, StepOutput
@@ -17,14 +18,17 @@ from ..kernels import step as kernels
 from . import sampler
 from .batch import ForwardBatch, Sampled
 from .chunks import ChunkPlan
+from .decodes import Drafter, accept, empty_inputs, fill_inputs, last_accepted
 from .deepseek import DeepseekV3
 from .graphs import DecodeGraphs
 from .kv_cache import KVCache
-from .rows import Delta, Rows
+from .mtp import MTP
+from .rows import Delta, Rows, Words
 from .sampler import Logprobs, to_host
 from .timing import StepClock, StepTimes
 
 NONE = np.zeros(0, np.int32)
+Kept = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,12 @@ class InFlight:
 
     step: Step
     token_ids: Tensor | None
-    """[S] int64."""
+    """[S] int64, `query_len` for each decode, then one for each chunk that samples."""
+    num_tokens: Tensor | None
+    """[decodes] int32: so many of a decode's are tokens. None: all are."""
     logprobs: Logprobs | None
     logprob_lines: list[tuple[int, int]]
-    """(index into token_ids, number of best) of each of `logprobs`."""
+    """(index into `token_ids`, number of best) of each of `logprobs`."""
     prompt_logprobs: dict[int, list[Logprobs]]
     """By chunk."""
     times: StepTimes
@@ -44,15 +50,42 @@ class InFlight:
     def done(self) -> bool:
         return self.times.done()
 
+    def counts(self) -> Words:
+        """How many of `token_ids` belong to each decode, then to each chunk; empty: one each."""
+        if self.num_tokens is None or self.token_ids is None:
+            return NONE
+        counts = self.num_tokens.numpy()
+        chunks = len(self.token_ids) - len(counts) * self.query_len
+        return np.concatenate((counts, np.ones(chunks, np.int32)))
+
+    def kept(self, counts: Words) -> Kept:
+        """[S] bool: which of `token_ids` are tokens."""
+        assert self.token_ids is not None
+        kept = np.ones(len(self.token_ids), np.bool_)
+        if len(counts):
+            num_decodes = len(self.step.decodes) // 4
+            of_decodes = kept[: num_decodes * self.query_len].reshape(num_decodes, -1)
+            of_decodes[:] = np.arange(self.query_len) < counts[:num_decodes, None]
+        return kept
+
+    @property
+    def query_len(self) -> int:
+        return self.step.num_drafts + 1
+
 
 class Runner:
     """Owns the model, its KV cache and its rows, and does what a Step says."""
 
-    def __init__(self, model: DeepseekV3, cache: KVCache, rows: Rows) -> None:
+    def __init__(
+        self, model: DeepseekV3, cache: KVCache, rows: Rows, mtp: MTP | None = None
+    ) -> None:
+        """mtp: keeps up with the model and drafts what steps ask for; `rows` have room for it."""
+        assert (mtp is not None) == (rows.num_nextn > 0), rows.num_nextn
         self.model = model
         self.cache = cache
         self.rows = rows
         self.device = rows.device
+        self.drafter = None if mtp is None else Drafter(mtp, rows)
         self.graphs = DecodeGraphs(self.decode, self.device)
         self._clock = StepClock(self.device)
         self._packed = b""
@@ -68,6 +101,7 @@ class Runner:
     @torch.inference_mode()
     def launch(self, step: Step) -> InFlight:
         """Puts a step on the stream. Steps are computed in the order of their launches."""
+        assert max(step.num_drafts, step.num_next_drafts) <= self.rows.num_nextn, step
         times = self._clock.start()
         delta = Delta()
         for join in step.joins:
@@ -77,27 +111,33 @@ class Runner:
         self._set_decodes(delta, step.decodes)
         plan = None
         if step.chunks:
-            plan = ChunkPlan(delta, step.chunks, self._decodes)
+            plan = ChunkPlan(delta, step.chunks, self._decodes, step.num_drafts + 1)
         carried = delta.send(self.rows.words)
         for join in step.joins:
             self.rows.count(join.row)
         hidden = None
         sampled: Sampled | None
         if plan is None:
-            sampled = self.graphs.run(len(self._decodes), step.padded_size)
+            drafts = step.num_drafts, step.num_next_drafts
+            sampled = self.graphs.run(len(self._decodes), step.padded_size, *drafts)
         else:
-            hidden, sampled = self._mixed(plan, carried)
+            hidden, sampled = self._mixed(step, plan, carried)
         return self._finish(step, plan, hidden, sampled, times)
 
     def collect(self, launched: InFlight) -> StepOutput:
         """The result of a launched step; waits for it."""
         compute_us, idle_us = launched.times.wait()
         step, logprobs = launched.step, {}
-        if launched.logprobs is not None:
-            found = launched.logprobs.entries([num for _, num in launched.logprob_lines])
-            for (line, _), entry in zip(launched.logprob_lines, found, strict=True):
-                logprobs[line] = entry
-        token_ids = NONE if launched.token_ids is None else launched.token_ids.numpy()
+        token_ids, counts = NONE, launched.counts()
+        if launched.token_ids is not None:
+            kept = launched.kept(counts)
+            token_ids = launched.token_ids.numpy()[kept]
+            if launched.logprobs is not None:
+                places = np.cumsum(kept) - 1
+                found = launched.logprobs.entries([num for _, num in launched.logprob_lines])
+                for (line, _), entry in zip(launched.logprob_lines, found, strict=True):
+                    if kept[line]:
+                        logprobs[int(places[line])] = entry
         return StepOutput(
             epoch=step.epoch,
             seq=step.seq,
@@ -109,15 +149,29 @@ class Runner:
             },
             compute_us=compute_us,
             idle_us=idle_us,
+            num_tokens=counts.tobytes(),
         )
 
-    def decode(self, num_lines: int) -> Sampled:
-        """The next token of the first `num_lines` rows of the batch, null rows included."""
-        lines = self.rows.batch[:num_lines]
-        inputs = self._empty_inputs(num_lines)
-        batch = ForwardBatch(inputs, num_lines, *self._decode_inputs(lines, inputs), None)
-        logits = self.model.logits(self.model.forward(batch, self.cache))
-        return Sampled(logits, sampler.choose(logits, lines, self.rows))
+    def decode(self, num_lines: int, num_drafts: int = 0, num_next_drafts: int = 0) -> Sampled:
+        """The next tokens of the first `num_lines` rows of the batch, null rows included: one, and
+        as many more as drafts are right; and drafts for the next step."""
+        rows, query_len = self.rows, num_drafts + 1
+        lines = rows.batch[:num_lines]
+        inputs = empty_inputs(num_lines * query_len, self.model)
+        where = fill_inputs(rows.tokens, lines, rows.drafts, query_len, self.model, inputs)
+        batch = ForwardBatch(inputs, num_lines, *where, None, query_len)
+        hidden = self.model.forward(batch, self.cache)
+        sampled = accept(self.model.logits(hidden), lines, num_lines, query_len, rows)
+        if self.drafter is not None:
+            last = last_accepted(sampled, num_lines, query_len)
+            batch = batch.following(sampled.token_ids)
+            self.drafter.follow(hidden, batch, lines, last, num_next_drafts, self.cache)
+        return sampled
+
+    def maps(self) -> set[tuple[int, int]]:
+        """(N, K) of every dense linear map of the layers, the MTP layer's included."""
+        own = set() if self.drafter is None else self.drafter.mtp.layer.maps()
+        return self.model.maps() | own
 
     def _set_decodes(self, delta: Delta, packed: bytes) -> None:
         if packed == self._packed:
@@ -131,33 +185,33 @@ class Runner:
         wanted = ((i, self.rows.sampling[row].num_logprobs) for i, row in enumerate(rows))
         return [(i, num) for i, num in wanted if num >= 0]
 
-    def _empty_inputs(self, num_tokens: int) -> kernels.Inputs:
-        return kernels.Inputs.empty(num_tokens, self.model.cos.shape[1], self.device)
-
-    def _decode_inputs(self, lines: Tensor, inputs: kernels.Inputs) -> tuple[Tensor, Tensor]:
-        """Fills in the inputs of decodes; returns their block table and lengths."""
-        tokens, model = self.rows.tokens, self.model
-        most = tokens.block_table.shape[1]
-        table = torch.empty(len(lines), most, dtype=torch.int32, device=self.device)
-        seq_lens = torch.empty(len(lines), dtype=torch.int32, device=self.device)
-        kernels.decode_inputs(tokens, lines, model.cos, model.sin, inputs, table, seq_lens)
-        return table, seq_lens
-
-    def _mixed(self, plan: ChunkPlan, carried: Tensor) -> tuple[Tensor, Sampled | None]:
+    def _mixed(self, step: Step, plan: ChunkPlan, carried: Tensor) -> tuple[Tensor, Sampled | None]:
         """Decodes and chunks in one pass: its hidden states, and what is sampled of them."""
-        rows, model = self.rows, self.model
-        inputs = self._empty_inputs(plan.num_tokens)
-        decodes = self._decode_inputs(rows.batch[: plan.num_decodes], inputs)
+        rows, model, query_len = self.rows, self.model, step.num_drafts + 1
+        inputs = empty_inputs(plan.num_tokens, model)
+        decodes = rows.batch[: plan.num_decodes]
+        where = fill_inputs(rows.tokens, decodes, rows.drafts, query_len, model, inputs)
         chunks = plan.table(carried)
         kernels.chunk_inputs(rows.tokens, chunks, plan.max_tokens, model.cos, model.sin, inputs)
         prefills = plan.prefills(carried, rows.tokens.block_table)
-        batch = ForwardBatch(inputs, plan.num_decodes, *decodes, prefills)
+        batch = ForwardBatch(inputs, plan.num_decodes, *where, prefills, query_len)
         hidden = model.forward(batch, self.cache)
         lines, tokens = plan.lines(carried)
-        if not len(lines):
-            return hidden, None
-        logits = model.logits(hidden[tokens])
-        return hidden, Sampled(logits, sampler.choose(logits, lines, rows))
+        sampled = None
+        if len(lines):
+            logits = model.logits(hidden[tokens])
+            sampled = accept(logits, lines, plan.num_decodes, query_len, rows)
+        if self.drafter is not None:
+            # The same tokens, each replaced by the one behind it.
+            later = replace(rows.tokens, token_ids=rows.tokens.token_ids[:, 1:])
+            kernels.chunk_inputs(later, chunks, plan.max_tokens, model.cos, model.sin, inputs)
+            last = tokens[batch.num_decode_tokens :]
+            if sampled is not None:
+                own = slice(batch.num_decode_tokens)
+                inputs.input_ids[own] = sampled.token_ids[own]
+                last = torch.cat((last_accepted(sampled, plan.num_decodes, query_len), last))
+            self.drafter.follow(hidden, batch, lines, last, step.num_next_drafts, self.cache)
+        return hidden, sampled
 
     def _finish(
         self,
@@ -168,10 +222,15 @@ class Runner:
         times: StepTimes,
     ) -> InFlight:
         """Sends the results on their way to the host."""
-        lines = self._logprob_lines
+        query_len = step.num_drafts + 1
+        lines = [
+            (first * query_len + i, num)
+            for first, num in self._logprob_lines
+            for i in range(query_len)
+        ]
         if plan is not None:
-            num_decodes = plan.num_decodes
-            lines = lines + [(num_decodes + i, num) for i, num in self._wanting(plan.sampled)]
+            behind = plan.num_decodes * query_len
+            lines += [(behind + i, num) for i, num in self._wanting(plan.sampled)]
         logprobs = None
         if sampled is not None and lines:
             index = torch.tensor([line for line, _ in lines], device=self.device)
@@ -180,9 +239,13 @@ class Runner:
         prompt_logprobs = {}
         if plan is not None and hidden is not None:
             prompt_logprobs = self._prompt_logprobs(plan, hidden)
-        token_ids = None if sampled is None else to_host(sampled.token_ids)
+        token_ids = num_tokens = None
+        if sampled is not None:
+            token_ids = to_host(sampled.token_ids)
+            if sampled.num_tokens is not None:
+                num_tokens = to_host(sampled.num_tokens)
         times.finish()
-        return InFlight(step, token_ids, logprobs, lines, prompt_logprobs, times)
+        return InFlight(step, token_ids, num_tokens, logprobs, lines, prompt_logprobs, times)
 
     def _prompt_logprobs(self, plan: ChunkPlan, hidden: Tensor) -> dict[int, list[Logprobs]]:
         """For chunks that ask: of the prompt tokens that follow each of the chunk's."""

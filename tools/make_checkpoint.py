@@ -103,7 +103,7 @@ def shards(config: ModelConfig, seed: int) -> Iterator[dict[str, Tensor]]:
     """The checkpoint's tensors in groups of about SHARD_BYTES."""
     generator = torch.Generator().manual_seed(seed)
     shard: dict[str, Tensor] = {}
-    for spec in checkpoint.tensors(config):
+    for spec in checkpoint.tensors(config, mtp=config.num_nextn_predict_layers > 0):
         if spec.kind == "scale":
             continue  # made with its weight
         shard.update(random_tensor(spec, config.fp8, generator))

@@ -1,0 +1,144 @@
+"""A step's decodes: their tokens, what is accepted of them, and what is drafted for the next step.
+
+A row that decodes has n known tokens and drafts of what follows them. Its newest token and k drafts
+are computed at once; each choice c is what would have been chosen without drafts, as long as
+the tokens before it are the row's own:
+
+    computed   t[n-1]  d[1]  d[2]  d[3]       positions n - 1 ... n - 1 + k
+    chosen     c[0]    c[1]  c[2]  c[3]       of the position behind each
+    accepted   c[0]    c[1]                   where c[0] == d[1] and c[1] != d[2]
+
+Then n grows by 2, and what was computed at d[2] and d[3] is garbage: the next step begins with the
+position of d[2] and writes over it before anything reads it.
+
+Everything here is captured in a CUDA graph: shapes are fixed, and rows that take no further part
+are replaced by the null row.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..kernels import sample
+from ..kernels import step as kernels
+from ..kernels.step import Inputs, TokenState
+from . import sampler
+from .batch import ForwardBatch, Sampled
+from .deepseek import DeepseekV3
+from .kv_cache import KVCache
+from .mtp import MTP
+from .rows import Rows
+
+
+def empty_inputs(num_tokens: int, model: DeepseekV3) -> Inputs:
+    return Inputs.empty(num_tokens, model.cos.shape[1], model.cos.device)
+
+
+def fill_inputs(
+    tokens: TokenState,
+    lines: Tensor,
+    drafts: Tensor | None,
+    query_len: int,
+    model: DeepseekV3,
+    inputs: Inputs,
+) -> tuple[Tensor, Tensor]:
+    """Writes the first B * query_len of `inputs`: the newest token of each line and drafts behind
+    it. lines: [B] int32 -> block_table [B, max_blocks] int32, seq_lens [B] int32."""
+    most, device = tokens.block_table.shape[1], lines.device
+    table = torch.empty(len(lines), most, dtype=torch.int32, device=device)
+    seq_lens = torch.empty(len(lines), dtype=torch.int32, device=device)
+    kernels.decode_inputs(
+        tokens, lines, model.cos, model.sin, inputs, table, seq_lens, drafts, query_len
+    )
+    return table, seq_lens
+
+
+def accept(logits: Tensor, lines: Tensor, num_decodes: int, query_len: int, rows: Rows) -> Sampled:
+    """Chooses a token for each line and appends it to the line's row; of a decode, for as long as
+    its drafts are what is chosen, up to `query_len` of them.
+
+    logits: [num_decodes * query_len + chunks, V] float32; lines: [num_decodes + chunks] int32
+    """
+    if query_len == 1 or not num_decodes:
+        return Sampled(logits, sampler.choose(logits, lines, rows))
+    num_lines = num_decodes * query_len
+    each = logits[:num_lines].view(num_decodes, query_len, -1)
+    decodes = lines[:num_decodes]
+    row = decodes.long()
+    drafts = rows.drafts[row]
+    left, num_tokens = decodes, torch.ones_like(decodes)
+    chosen = [sampler.choose(each[:, 0], left, rows)]
+    for i in range(1, query_len):
+        right = (left != rows.null) & (drafts[:, i - 1] == chosen[-1])
+        left = torch.where(right, left, rows.null)
+        num_tokens += right
+        chosen.append(sampler.choose(each[:, i], left, rows))
+    rows.tokens.num_computed[row] = rows.tokens.num_tokens[row] - 1
+    token_ids = torch.stack(chosen, dim=1).flatten()
+    if len(lines) > num_decodes:
+        of_chunks = sampler.choose(logits[num_lines:], lines[num_decodes:], rows)
+        token_ids = torch.cat((token_ids, of_chunks))
+    return Sampled(logits, token_ids, num_tokens)
+
+
+def last_accepted(sampled: Sampled, num_decodes: int, query_len: int) -> Tensor:
+    """[num_decodes] int64: of each decode, the index of its last token whose choice was accepted
+    among the tokens computed."""
+    first = torch.arange(num_decodes, device=sampled.token_ids.device) * query_len
+    return first if sampled.num_tokens is None else first + sampled.num_tokens - 1
+
+
+class Drafter:
+    """Runs the MTP layer behind the model, and writes `Rows.drafts`.
+
+    A draft is chosen as the model's tokens are, with the noise of its own position, so that it is
+    the model's choice wherever the two agree closely enough. Nothing of it is appended or counted.
+    """
+
+    def __init__(self, mtp: MTP, rows: Rows) -> None:
+        self.mtp = mtp
+        self.rows = rows
+        self._ahead = torch.zeros_like(rows.tokens.num_computed)
+        """[R] int32: the position that each row's next draft is computed at."""
+        self._position = torch.zeros_like(self._ahead)
+        """[R] int32: of the draft itself."""
+        self._tokens = replace(rows.tokens, num_computed=self._ahead)
+        self._choice = replace(rows.choice, num_tokens=self._position)
+
+    def follow(
+        self,
+        hidden: Tensor,
+        batch: ForwardBatch,
+        lines: Tensor,
+        last: Tensor,
+        num_drafts: int,
+        cache: KVCache,
+    ) -> None:
+        """Computes the layer where the model was computed, which keeps its KV without a hole, and
+        drafts for `lines`.
+
+        hidden: [T, hidden] of the model; batch: its places, with the token behind each as input id
+        lines: [S] int32, rows; last: [S] int64, where in `batch` each row's last token but one is
+        """
+        hidden = self.mtp.forward(hidden, batch, cache)
+        if not num_drafts or not len(lines):
+            return
+        hidden = hidden[last]
+        torch.sub(self.rows.tokens.num_tokens, 1, out=self._ahead)
+        drafts = [self._choose(hidden, lines)]
+        while len(drafts) < num_drafts:
+            hidden = self.mtp.forward(hidden, self._next_batch(lines, drafts[-1]), cache)
+            drafts.append(self._choose(hidden, lines))
+        self.rows.drafts[lines.long(), :num_drafts] = torch.stack(drafts, dim=1).int()
+
+    def _choose(self, hidden: Tensor, lines: Tensor) -> Tensor:
+        torch.add(self._ahead, 1, out=self._position)
+        return sample.sample_rows(self.mtp.model.logits(hidden), lines, self._choice)
+
+    def _next_batch(self, lines: Tensor, drafts: Tensor) -> ForwardBatch:
+        """One position further, followed by the draft. What is read as the row's token there is
+        not known yet, and not used."""
+        inputs = empty_inputs(len(lines), self.mtp.model)
+        where = fill_inputs(self._tokens, lines, None, 1, self.mtp.model, inputs)
+        return ForwardBatch(inputs, len(lines), *where, None).following(drafts)
