@@ -56,7 +56,7 @@ def build(load: Load, report: Report) -> tuple[Runner, Ready]:
     numerics = Numerics() if load.check_numerics else None
     arithmetic = Arithmetic(dtype, act_quant and config.fp8, config.ue8m0, load.fp8_gemm == "torch")
     longest = limits.max_seq_len + _room(load)
-    model = DeepseekV3(config, weights, arithmetic, longest, numerics)
+    model = DeepseekV3(config, weights, arithmetic, longest, numerics, layout)
     drafts = MTP(config, weights, arithmetic, model) if mtp else None
     num_parameters = sum(w.numel() for n, w in weights.items() if not n.endswith(".scale"))
     weight_bytes = sum(weight.nbytes for weight in weights.values())
@@ -165,11 +165,8 @@ def _graph_sizes(load: Load, max_batch_size: int) -> list[int]:
 
 def _layout(load: Load) -> Layout:
     """Of more than one rank, rank 0's share runs alone, without its exchanges: for measurements."""
-    if (load.ep_size, load.pp_size) != (1, 1):
-        raise CheckpointError(
-            f"ep_size {load.ep_size}, pp_size {load.pp_size}: this version computes shares of a TP "
-            "layout only"
-        )
+    if load.pp_size != 1:
+        raise CheckpointError(f"pp_size {load.pp_size}: this version computes one stage")
     return Layout(
         tp_size=load.tp_size,
         ep_size=load.ep_size,

@@ -13,12 +13,18 @@ from .layers import MLP, Arithmetic, Quantized, RMSNorm
 from .mla import MLA
 from .moe import MoE
 from .numerics import Numerics
+from .parallel import WHOLE, Layout
 from .rope import tables
 
 
 class DecoderLayer:
     def __init__(
-        self, config: ModelConfig, weights: Mapping[str, Tensor], layer: int, arithmetic: Arithmetic
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        layer: int,
+        arithmetic: Arithmetic,
+        layout: Layout = WHOLE,
     ) -> None:
         self.name = name = f"layers.{layer}"
         eps = config.rms_norm_eps
@@ -27,7 +33,7 @@ class DecoderLayer:
         post_norm = weights[f"{name}.post_attention_layernorm"]
         self.post_attn_norm = RMSNorm(post_norm, eps, arithmetic)
         self.mlp: MoE | MLP = (
-            MoE(config, weights, name, arithmetic)
+            MoE(config, weights, name, arithmetic, layout)
             if config.is_moe(layer)
             else MLP(weights, f"{name}.mlp", arithmetic)
         )
@@ -76,6 +82,7 @@ class DeepseekV3:
         arithmetic: Arithmetic,
         max_seq_len: int,
         numerics: Numerics | None = None,
+        layout: Layout = WHOLE,
     ) -> None:
         self.numerics = numerics
         """Checks what each layer adds, if there is one."""
@@ -83,7 +90,7 @@ class DeepseekV3:
         self.dtype = arithmetic.dtype
         self.embed = weights["embed"]
         self.layers = [
-            DecoderLayer(config, weights, layer, arithmetic)
+            DecoderLayer(config, weights, layer, arithmetic, layout)
             for layer in range(config.num_hidden_layers)
         ]
         self.norm = weights["norm"]
