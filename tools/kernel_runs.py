@@ -17,6 +17,7 @@ from ..kernels import (
     fp8_gemm_swap,
     fused,
     gemm,
+    latent,
     mla,
     moe_gemm,
     moe_route,
@@ -116,14 +117,23 @@ def experts_slots(m: int, device: str) -> None:
 # ---- attention ----------------------------------------------------------------------------------
 
 
-def decode(heads: int, query_len: int = 1, block: int = BLOCK) -> Run:
-    """Lengths of 0 to 299 tokens in the pages of a cache that ends with the last one's page."""
+def empty_cache(device: str, pages: int, block: int, dtype: torch.dtype) -> Tensor:
+    """Of zeros; an fp8 one with scales of 1."""
+    cache = latent.latent_cache(pages, block, RANK, ROPE, dtype, device).zero_()
+    if dtype == FP8:
+        latent.planes(cache, RANK)[2].fill_(1.0)
+    return cache
+
+
+def decode(heads: int, query_len: int = 1, block: int = BLOCK, dtype: torch.dtype = BF16) -> Run:
+    """Lengths of 0 to 299 tokens in the pages of a cache that ends with the last one's page. dtype:
+    of the cache."""
 
     def run(m: int, device: str) -> None:
         lens = torch.arange(m, device=device, dtype=torch.int32) * 101 % 300
         pages = -(-300 // block)
         table = torch.arange(m * pages, device=device, dtype=torch.int32).view(m, pages)
-        cache = zeros(device, m * pages, block, RANK + ROPE)
+        cache = empty_cache(device, m * pages, block, dtype)
         shape = (m, heads) if query_len == 1 else (m, query_len, heads)
         q, lens = zeros(device, *shape, RANK + ROPE), at_an_offset(lens, m)
         mla.mla_decode(q, cache, at_an_offset(table, m), lens, RANK, 0.1)
@@ -144,7 +154,9 @@ def prefill(m: int, device: str) -> None:
 def gather(m: int, device: str) -> None:
     pages = -(-m // BLOCK) + 1
     table = at_an_offset(torch.arange(pages, device=device, dtype=torch.int32), m)
-    mla.gather_latent(zeros(device, pages, BLOCK, RANK + ROPE), table, 1, m + 1)
+    for dtype in (BF16, FP8):
+        cache = empty_cache(device, pages, BLOCK, dtype)
+        mla.gather_latent(cache, table, 1, m + 1, RANK, BF16)
 
 
 # ---- per token ----------------------------------------------------------------------------------
@@ -178,11 +190,12 @@ def positions(m: int, device: str) -> None:
     fused.apply_rope(zeros(device, m, 16, ROPE), cos, sin)
     fused.apply_rope(zeros(device, m, ROPE), cos, sin)
     fused.embedding(zeros(device, m, HIDDEN), slots, BF16)
-    cache = zeros(device, -(-m // BLOCK), BLOCK, RANK + ROPE)
     both = zeros(device, m, RANK), zeros(device, m, ROPE)
-    fused.store_latent(cache, *both, slots)
-    kv_a = zeros(device, m, RANK + ROPE)
-    fused.norm_rope_store(kv_a, zeros(device, RANK), 1e-6, cos, sin, cache, slots)
+    kv_a, w = zeros(device, m, RANK + ROPE), zeros(device, RANK)
+    for dtype in (BF16, FP8):
+        cache = empty_cache(device, -(-m // BLOCK), BLOCK, dtype)
+        fused.store_latent(cache, *both, slots)
+        fused.norm_rope_store(kv_a, w, 1e-6, cos, sin, cache, slots)
 
 
 def route(m: int, device: str) -> None:
@@ -255,6 +268,10 @@ RUNS: dict[str, Run] = {
     "mla transposed": decode(16),
     "mla transposed, 3 queries": decode(16, 3),
     "mla dot": decode(24, 2, 16),
+    "mla seesaw, fp8": decode(128, dtype=FP8),
+    "mla transposed, fp8": decode(16, dtype=FP8),
+    "mla transposed, fp8, 2 queries": decode(16, 2, dtype=FP8),
+    "mla dot, fp8": decode(24, 2, 16, dtype=FP8),
     "mla prefill": prefill,
     "mla gather": gather,
     "quant": quantisation,

@@ -38,7 +38,7 @@ def _random_cache(num_blocks: int, dtype: torch.dtype) -> Tensor:
     if dtype != FP8:
         return cache.normal_()
     value, rope, scale = latent.planes(cache, RANK)
-    value.copy_(torch.randn(value.shape, dtype=BF16, device="cuda") * 100)
+    value.copy_((torch.randn(value.shape, dtype=BF16, device="cuda") * 100).clamp(-448, 448))
     rope.copy_(torch.randn(rope.shape, dtype=BF16, device="cuda"))
     scale.uniform_(0.005, 0.02)
     return cache
