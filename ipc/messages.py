@@ -98,12 +98,22 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
     """True for the last chunk: the step samples the row's next token."""
 
 
+Copies = tuple[tuple[int, int], ...]
+"""(from, to) of whole KV blocks, all layers of them."""
+
+
 class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     """One forward pass. The worker obeys; it never re-decides.
 
-    `joins` and `grows` are applied first, in order. Then every row of `decodes` computes its one
-    newest token and every chunk its slice. Tokens are sampled for all `decodes`, then for each
-    chunk with `sample`, in this order.
+    `offloads`, then `restores`, then `joins`, then `grows` are applied, each in order. Then every
+    row of `decodes` computes its one newest token and every chunk its slice. Tokens are sampled for
+    all `decodes`, then for each chunk with `sample`, in this order.
+
+    So an offload reads its block before anything of this step writes there, and the copies of a
+    step are made before those of the next. They need not wait for the steps before this one that
+    are still being computed: none of those writes a block that is offloaded here, or reads or
+    writes a block that is restored into. A step offloads to a slot at most once, and to none whose
+    earlier content it restores.
     """
 
     epoch: int
@@ -117,6 +127,10 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     decodes: bytes
     """int32 rows."""
     chunks: tuple[Chunk, ...]
+    offloads: Copies = ()
+    """(block, slot of the host cache)."""
+    restores: Copies = ()
+    """(slot of the host cache, block)."""
 
 
 class LogprobEntry(msgspec.Struct, frozen=True, array_like=True):
@@ -186,6 +200,8 @@ class Load(msgspec.Struct, frozen=True, array_like=True, tag="load"):
     attention_dp: bool = False
     kv_cache_dtype: str = "auto"
     """"auto": as the checkpoint says, else the activations'; "fp8"."""
+    kv_host_cache_gb: float = 0.0
+    """Host memory for KV blocks that the GPU has no room for, in GB; 0: none."""
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True, tag="progress"):
@@ -193,10 +209,11 @@ class Progress(msgspec.Struct, frozen=True, array_like=True, tag="progress"):
 
     epoch: int
     stage: str
-    """"loading", "building", "compiling" (passes that try every kernel) or "capturing" (graphs)."""
+    """"loading", "building", "compiling" (passes that try every kernel), "capturing" (graphs) or
+    "pinning" (host memory for KV blocks)."""
     done: int
     total: int
-    """Bytes while loading weights; 0: nothing to count."""
+    """Bytes while loading weights or pinning memory; 0: nothing to count."""
 
 
 class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
@@ -218,6 +235,8 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     """What was chosen and why, a sentence each."""
     graph_batch_sizes: tuple[int, ...] = ()
     """Sizes of decode steps that `Step.padded_size` may name for a captured graph."""
+    num_host_blocks: int = 0
+    """Slots of the host cache: 0 ... num_host_blocks - 1."""
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
