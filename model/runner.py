@@ -19,6 +19,7 @@ from .batch import ForwardBatch, Sampled
 from .chunks import ChunkPlan
 from .deepseek import DeepseekV3
 from .graphs import DecodeGraphs
+from .host_blocks import HostBlocks
 from .kv_cache import KVCache
 from .rows import Delta, Rows
 from .sampler import Logprobs, to_host
@@ -52,6 +53,8 @@ class Runner:
         self.model = model
         self.cache = cache
         self.rows = rows
+        self.host: HostBlocks | None = None
+        """Where blocks of the cache are offloaded to; None: no step may ask for that."""
         self.device = rows.device
         self.graphs = DecodeGraphs(self.decode, self.device)
         self._clock = StepClock(self.device)
@@ -69,6 +72,7 @@ class Runner:
     def launch(self, step: Step) -> InFlight:
         """Puts a step on the stream. Steps are computed in the order of their launches."""
         times = self._clock.start()
+        self._copy_blocks(step)
         delta = Delta()
         for join in step.joins:
             self.rows.join(delta, join)
@@ -118,6 +122,18 @@ class Runner:
         batch = ForwardBatch(inputs, num_lines, *self._decode_inputs(lines, inputs), None)
         logits = self.model.logits(self.model.forward(batch, self.cache))
         return Sampled(logits, sampler.choose(logits, lines, self.rows))
+
+    def _copy_blocks(self, step: Step) -> None:
+        """To and from the host; and what this step writes is written once it has been read."""
+        if self.host is None:
+            assert not step.offloads and not step.restores, f"{step.seq=} copies, and nobody can"
+            return
+        self.host.copy(step.offloads, step.restores)
+        for join in step.joins:
+            num_cached_blocks = join.num_cached_tokens // self.cache.block_size
+            self.host.before_writes(join.block_table[num_cached_blocks:])
+        for grow in step.grows:
+            self.host.before_writes(grow.block_ids)
 
     def _set_decodes(self, delta: Delta, packed: bytes) -> None:
         if packed == self._packed:
