@@ -305,6 +305,7 @@ class Node:
             pp_size=parallel.pp_size,
             attention_dp=parallel.enable_attention_dp,
             kv_cache_dtype=engine.kv_cache_dtype,
+            kv_host_cache_gb=engine.kv_host_cache_gb,
         )
 
     def _on_progress(self, progress: Progress) -> None:
@@ -333,6 +334,7 @@ class Node:
             max_num_tokens=ready.max_num_tokens,
             max_seq_len=ready.max_seq_len,
             kv_cache_tokens=(ready.num_blocks - 1) * ready.block_size,
+            kv_host_cache_tokens=ready.num_host_blocks * ready.block_size,
             seconds=round(time.time() - self.started_at, 1),
         )
 

@@ -76,6 +76,13 @@ FLAGS = (
         _choice("auto", "fp8"),
         "Of the KV cache.",
     ),
+    Flag(
+        ("--kv-host-cache-gb",),
+        "engine",
+        "kv_host_cache_gb",
+        float,
+        "Host memory for KV that the GPU has no room for, GB.",
+    ),
     Flag(("--tp-size", "--tp"), "parallel", "tp_size", int, "Tensor-parallel ranks."),
     Flag(("--ep-size", "--ep"), "parallel", "ep_size", int, "Expert-parallel ranks."),
     Flag(("--pp-size", "--pp"), "parallel", "pp_size", int, "Pipeline stages."),
