@@ -6,12 +6,15 @@ Every block but 0 is in exactly one of three states:
     held    refcount > 0             by one or more requests, whether or not its hash is known
     cached  refcount 0, hash known   in order of release; the oldest is evicted if none is free
 
-Block 0 is the null block: padding rows write there, so it is never handed out.
+Block 0 is the null block: padding rows write there, so it is never handed out. A `HostCache`, if
+there is one, is told what becomes of cached blocks.
 """
 
 import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+
+from .host_cache import HostCache
 
 DIGEST_SIZE = 16
 
@@ -19,10 +22,13 @@ DIGEST_SIZE = 16
 class BlockPool:
     """Reference counts and the prefix cache of one KV pool."""
 
-    def __init__(self, num_blocks: int, block_size: int, hash_key: bytes) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, hash_key: bytes, host: HostCache | None = None
+    ) -> None:
         assert num_blocks >= 2, f"{num_blocks=}: block 0 is the null block"
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self._host = host
         # Keyed, so that nobody can compute which prefixes collide; the key is hashed in only once.
         self._hasher = hashlib.blake2b(key=hash_key, digest_size=DIGEST_SIZE)
         self._refcounts = [0] * num_blocks
@@ -68,20 +74,24 @@ class BlockPool:
         for block_id in block_ids:
             if not self._refcounts[block_id]:
                 del self._idle[block_id]
+                if self._host is not None:
+                    self._host.held(block_id)
             self._refcounts[block_id] += 1
 
     def free(self, block_ids: Sequence[int]) -> None:
         """One owner less. Tail first: a prefix is of use only with all of its head, so the head
         is to be evicted last."""
-        refcounts, hashes = self._refcounts, self._hashes
+        refcounts, hashes, host = self._refcounts, self._hashes, self._host
         for block_id in reversed(block_ids):
             refcounts[block_id] -= 1
             if refcounts[block_id]:
                 assert refcounts[block_id] > 0, f"{block_id=} freed twice"
-            elif hashes[block_id] is None:
+            elif (block_hash := hashes[block_id]) is None:
                 self._free.append(block_id)
             else:
                 self._idle[block_id] = None
+                if host is not None:
+                    host.released(block_id, block_hash)
 
     def _evict(self) -> None:
         block_id, _ = self._idle.popitem(last=False)
@@ -90,6 +100,8 @@ class BlockPool:
         del self._by_hash[block_hash]
         self._hashes[block_id] = None
         self._free.append(block_id)
+        if self._host is not None:
+            self._host.evicted(block_id, block_hash)
 
     # ---- the prefix cache ----
 
@@ -154,7 +166,9 @@ class BlockPool:
         assert owners is None or dict(owners) == held, f"{owners=} != {held=}"
         for block_id in self._free:
             assert self._hashes[block_id] is None, f"free {block_id=} has a hash"
-        for block_id in self._idle:
-            assert self._hashes[block_id] is not None, f"cached {block_id=} has no hash"
+        cached = {i: block_hash for i in self._idle if (block_hash := self._hashes[i]) is not None}
+        assert len(cached) == len(self._idle), f"{self._idle} and not all have a hash"
+        if self._host is not None:
+            self._host.check(cached)
         hashes = {h: i for i, h in enumerate(self._hashes) if h is not None}
         assert hashes == self._by_hash

@@ -71,6 +71,8 @@ class EngineConfig(_Section, frozen=True):
     kv_cache_gb: Annotated[float, Meta(ge=0.0, le=1e6)] = 0.0
     kv_cache_free_gpu_memory_fraction: Fraction = 0.9
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    kv_host_cache_gb: Annotated[float, Meta(ge=0.0, le=1e6)] = 0.0
+    """Host memory for KV blocks that the GPU has no room for; here 0 means none."""
     enable_overlap_scheduler: bool = True
     """Plan step n + 1 before the result of step n is known."""
     use_cuda_graph: bool = True

@@ -138,6 +138,9 @@ def show(reply: dict[str, Any], console: Console) -> None:
     if kv is not None:
         table.add_row("KV cache", f"{kv['usage']:.1%} of {kv['num_blocks']} blocks held, "
                       f"{kv['cached']} cached for reuse")  # fmt: skip
+    if (host := reply.get("kv_host_cache")) is not None:
+        table.add_row("host memory", f"{host['used']} of {host['num_blocks']} KV blocks, "
+                      f"{host['offloaded']} copied out, {host['restored']} back")  # fmt: skip
     table.add_row("speed", f"{reply['tokens_per_s']} tokens/s over the last 10 s")
     console.print(table)
 

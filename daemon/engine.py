@@ -22,7 +22,8 @@ from ..ipc.messages import Ready, Step, StepOutput
 from . import logs
 from .config import EngineConfig
 from .request import FinishReason, Refused, Request, TokenEvent
-from .scheduler import Scheduler, SchedulerStats
+from .scheduler import Scheduler
+from .scheduler_stats import SchedulerStats
 from .stream import TokenStream
 
 log = logs.get("engine")
@@ -249,6 +250,7 @@ class Engine:
             epoch=ready.epoch,
             hash_key=self._hash_key,
             graph_batch_sizes=ready.graph_batch_sizes if self._pads_batches else (),
+            num_host_blocks=ready.num_host_blocks,
         )
 
     def _on_lost(self, lost: _WorkerLost) -> None:

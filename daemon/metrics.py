@@ -102,5 +102,15 @@ class _EngineCollector(Collector):
             "kv_cache_cached_blocks": (stats.num_cached_blocks, "Blocks kept for prefix reuse"),
             "kv_cache_blocks": (stats.num_blocks, "Blocks of the KV cache"),
         }
+        if (host := stats.host) is not None:
+            yield from self._counters(
+                kv_host_cache_offloaded_blocks=host.num_offloaded_blocks,
+                kv_host_cache_restored_blocks=host.num_restored_blocks,
+                prefix_cache_host_hits=host.num_restored_tokens,
+            )
+            gauges |= {
+                "kv_host_cache_used_blocks": (host.num_used_blocks, "Blocks kept in host memory"),
+                "kv_host_cache_blocks": (host.num_blocks, "Blocks that host memory has room for"),
+            }
         for name, (value, text) in gauges.items():
             yield GaugeMetricFamily(f"dsd:{name}", text, value=value)

@@ -307,6 +307,7 @@ class Node:
             kv_cache_dtype=engine.kv_cache_dtype,
             check_numerics=engine.check_numerics,
             fp8_gemm=engine.fp8_gemm,
+            kv_host_cache_gb=engine.kv_host_cache_gb,
         )
 
     def _on_progress(self, progress: Progress) -> None:
@@ -335,6 +336,7 @@ class Node:
             max_num_tokens=ready.max_num_tokens,
             max_seq_len=ready.max_seq_len,
             kv_cache_tokens=(ready.num_blocks - 1) * ready.block_size,
+            kv_host_cache_tokens=ready.num_host_blocks * ready.block_size,
             seconds=round(time.time() - self.started_at, 1),
         )
 

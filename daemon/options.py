@@ -83,6 +83,13 @@ FLAGS = (
         _choice("auto", "triton", "torch"),
         "Whose kernels for dense fp8 maps.",
     ),
+    Flag(
+        ("--kv-host-cache-gb",),
+        "engine",
+        "kv_host_cache_gb",
+        float,
+        "Host memory for KV that the GPU has no room for, GB.",
+    ),
     Flag(("--tp-size", "--tp"), "parallel", "tp_size", int, "Tensor-parallel ranks."),
     Flag(("--ep-size", "--ep"), "parallel", "ep_size", int, "Expert-parallel ranks."),
     Flag(("--pp-size", "--pp"), "parallel", "pp_size", int, "Pipeline stages."),

@@ -4,6 +4,7 @@ from array import array
 from collections.abc import Sequence
 
 from .blocks import BlockPool
+from .host_cache import HostCache
 from .request import Request
 
 
@@ -11,8 +12,9 @@ class PrefixCache:
     """Computes a request's hash chain at most once (`Request.block_hashes`) and only as far as
     somebody asks."""
 
-    def __init__(self, pool: BlockPool) -> None:
+    def __init__(self, pool: BlockPool, host: HostCache | None = None) -> None:
         self._pool = pool
+        self._host = host
         self._block_size = pool.block_size
         self._packed: tuple[Request, bytes] | None = None
 
@@ -24,13 +26,13 @@ class PrefixCache:
             self._packed = (request, _token_bytes(request, 0, num_tokens))
         return self._packed[1]
 
-    def forget(self) -> None:
-        """The request asked about last is going to know more."""
-        self._packed = None
-
     def find(self, request: Request) -> list[int]:
         """Blocks that hold a prefix of the request. Never the block of its last token: one token
         must be computed to have logits. Prompt log-probabilities need every position computed."""
+        return self._pool.match(self._hashes(request))
+
+    def _hashes(self, request: Request) -> list[bytes]:
+        """Of the blocks that the request may find."""
         if request.sampling.num_prompt_logprobs >= 0:
             return []
         token_bytes = self.token_bytes(request)
@@ -40,7 +42,26 @@ class PrefixCache:
         if len(hashes) < num_full:
             rest = token_bytes[len(hashes) * num_bytes : num_full * num_bytes]
             self._pool.extend_hashes(hashes, request.salt, rest)
-        return self._pool.match(hashes[:num_full])
+        return hashes[:num_full]
+
+    def assign(self, request: Request, found: list[int], num_fresh: int) -> int:
+        """Gives the request the blocks that `find` found, and fresh ones. Returns how many of these
+        the step restores from the host, where the prefix may go on."""
+        self._pool.hold(found)
+        claimed = [] if self._host is None else self._claim(self._host, request, len(found))
+        fresh = self._pool.allocate(num_fresh)
+        request.block_ids = found + fresh
+        self._packed = None  # from now on the request knows more with each step
+        if self._host is not None and claimed:
+            restored = list(zip(claimed, fresh, strict=False))
+            self._host.restore(restored)
+            for block_hash, block_id in restored:
+                self._pool.register(block_id, block_hash)
+        return len(claimed)
+
+    def _claim(self, host: HostCache, request: Request, num_found: int) -> list[bytes]:
+        hashes = self._hashes(request)[num_found:]
+        return hashes[: host.claim(hashes)]
 
     def store(self, request: Request, first: int, stop: int) -> None:
         """Blocks `first` to `stop - 1` of the request are computed, and their tokens accepted."""

@@ -24,33 +24,16 @@ In DECODE, `Request.num_scheduled` and `num_computed` stand still: see `DecodeSe
 
 from collections import deque
 
-import msgspec
-
 from ..ipc.messages import Chunk, Grow, Join, LogprobEntry, Step, StepOutput, unpack_int32
 from .blocks import BlockPool
 from .decode_set import DecodeSet
 from .flight import Flight
+from .host_cache import HostCache
 from .invariants import check_scheduler
 from .prefix_cache import PrefixCache
 from .request import FinishReason, Phase, Refused, Request, TokenEvent
+from .scheduler_stats import SchedulerStats
 from .waiting import WaitingQueue
-
-
-class SchedulerStats(msgspec.Struct, frozen=True):
-    """A moment's numbers, for metrics and `dsctl status`. Counters count since the start."""
-
-    num_running: int
-    num_waiting: int
-    num_in_flight: int
-    num_blocks: int
-    """Usable ones: free + held + cached."""
-    num_free_blocks: int
-    num_held_blocks: int
-    num_cached_blocks: int
-    num_prompt_tokens: int
-    """Of first admissions; so is the next."""
-    num_cached_tokens: int
-    num_preemptions: int
 
 
 class Scheduler:
@@ -65,11 +48,13 @@ class Scheduler:
         epoch: int = 0,
         hash_key: bytes = b"",
         graph_batch_sizes: tuple[int, ...] = (),
+        num_host_blocks: int = 0,
     ) -> None:
         assert min(max_batch_size, max_num_tokens, max_seq_len, pipeline_depth) >= 1
         self.max_num_tokens = max_num_tokens
         self.max_seq_len = max_seq_len
         self.num_blocks = num_blocks
+        self.num_host_blocks = num_host_blocks
         self.block_size = block_size
         self.pipeline_depth = pipeline_depth
         # Every decoding row takes a token of every step's budget.
@@ -90,8 +75,11 @@ class Scheduler:
         self._done = 0
         """Seq of the newest step whose result is known."""
         self._in_flight: deque[Flight] = deque()
-        self._pool = BlockPool(self.num_blocks, self.block_size, self._hash_key)
-        self._prefix_cache = PrefixCache(self._pool)
+        self._host: HostCache | None = None
+        if self.num_host_blocks:
+            self._host = HostCache(self.num_host_blocks, self.num_blocks)
+        self._pool = BlockPool(self.num_blocks, self.block_size, self._hash_key, self._host)
+        self._prefix_cache = PrefixCache(self._pool, self._host)
         self._requests: dict[str, Request] = {}
         """Every request without its terminal event."""
         self._waiting = WaitingQueue()
@@ -204,7 +192,12 @@ class Scheduler:
         chunks = tuple([chunk for _, chunk in flight.chunks])
         mode = "decode" if not chunks else "mixed" if decoding else "prefill"
         padded_size = self._padded_sizes[len(decoding)]
-        return Step(self.epoch, seq, mode, padded_size, tuple(joins), grows, decodes, chunks)
+        parts = tuple(joins), grows, decodes, chunks
+        copies = ((), ()) if self._host is None else self._host.take(self._pool.num_available)
+        offloads, restores = copies
+        return Step(
+            self.epoch, seq, mode, padded_size, *parts, offloads=offloads, restores=restores
+        )
 
     def _grow(self, seq: int) -> tuple[Grow, ...] | None:
         """A block for each decoding row that needs one now; None: wait for results."""
@@ -287,14 +280,12 @@ class Scheduler:
         num_left = self._pool.num_available - self._pool.num_idle(cached) - num_needed
         if num_left < self._headroom(request, num_needed + len(cached)):
             return None
-        self._prefix_cache.forget()
-        self._pool.hold(cached)
-        request.block_ids = cached + self._pool.allocate(num_needed)
+        num_restored = self._prefix_cache.assign(request, cached, num_needed)
         request.row = row = self._free_rows.pop()
         self._rows[row] = request
         self._waiting.remove(request)
         self._prefilling.append(request)
-        num_cached_tokens = len(cached) * self.block_size
+        num_cached_tokens = (len(cached) + num_restored) * self.block_size
         self._count_admission(request, num_cached_tokens)
         request.phase = Phase.PREFILL
         request.num_scheduled = request.num_computed = num_cached_tokens
@@ -433,6 +424,7 @@ class Scheduler:
             num_prompt_tokens=self._num_prompt_tokens,
             num_cached_tokens=self._num_cached_tokens,
             num_preemptions=self._num_preemptions,
+            host=None if self._host is None else self._host.stats(self.block_size),
         )
 
     def check(self) -> None:

@@ -17,6 +17,8 @@ def describe_progress(progress: Progress) -> str:
     if progress.stage == "loading":
         percent = 100 * progress.done // progress.total
         return f"loading weights: {percent} % of {progress.total / 1e9:.2f} GB"
+    if progress.stage == "pinning":
+        return f"pinning host memory: {progress.done / 1e9:.0f} of {progress.total / 1e9:.0f} GB"
     what = {"compiling": "kernels, pass", "capturing": "CUDA graphs,"}[progress.stage]
     return f"{progress.stage} {what} {progress.done} of {progress.total}"
 
@@ -69,6 +71,14 @@ def report(node: "Node") -> dict[str, Any]:
             "cached": stats.num_cached_blocks,
             "free": stats.num_free_blocks,
             "usage": round(stats.num_held_blocks / stats.num_blocks, 4),
+        }
+    if stats is not None and (host := stats.host) is not None:
+        fields["kv_host_cache"] = {
+            "num_blocks": host.num_blocks,
+            "used": host.num_used_blocks,
+            "offloaded": host.num_offloaded_blocks,
+            "restored": host.num_restored_blocks,
+            "restored_tokens": host.num_restored_tokens,
         }
     return fields
 

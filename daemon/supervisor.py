@@ -198,7 +198,8 @@ class Supervisor:
             case Ready():
                 if min(message.max_batch_size, message.max_num_tokens, message.max_seq_len) < 1:
                     raise ChannelError(f"a worker without room: {message}")
-                if message.num_blocks < 2 or message.block_size < 1:
+                sizes = message.num_blocks - 1, message.block_size, message.num_host_blocks + 1
+                if min(sizes) < 1:
                     raise ChannelError(f"a worker without a KV cache: {message}")
                 engine.worker_ready(message)
             case Failed():

@@ -98,13 +98,24 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
     """True for the last chunk: the step samples the row's next token."""
 
 
+Copies = tuple[tuple[int, int], ...]
+"""(from, to) of whole KV blocks, all layers of them."""
+
+
 class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     """One forward pass. The worker obeys; it never re-decides.
 
-    `joins` and `grows` are applied first, in order. Then every row of `decodes` computes its one
-    newest token and its drafts, and every chunk its slice. Tokens are sampled for all `decodes`,
-    then for each chunk with `sample`, in this order: a chunk gets one, a row of `decodes` one more
-    than the drafts that are what would have been sampled without them.
+    `offloads`, then `restores`, then `joins`, then `grows` are applied, each in order. Then every
+    row of `decodes` computes its one newest token and its drafts, and every chunk its slice. Tokens
+    are sampled for all `decodes`, then for each chunk with `sample`, in this order: a chunk gets
+    one, a row of `decodes` one more than the drafts that are what would have been sampled without
+    them.
+
+    So an offload reads its block before anything of this step writes there, and the copies of a
+    step are made before those of the next. They need not wait for the steps before this one that
+    are still being computed: none of those writes a block that is offloaded here, or reads or
+    writes a block that is restored into. A step offloads to a slot at most once, and to none whose
+    earlier content it restores.
     """
 
     epoch: int
@@ -122,6 +133,10 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     """Draft tokens behind the newest one that each of `decodes` verifies; at most `num_nextn`."""
     num_next_drafts: int = 0
     """Draft tokens that each row whose token is sampled gets for the step after this one."""
+    offloads: Copies = ()
+    """(block, slot of the host cache)."""
+    restores: Copies = ()
+    """(slot of the host cache, block)."""
 
 
 class LogprobEntry(msgspec.Struct, frozen=True, array_like=True):
@@ -199,6 +214,8 @@ class Load(msgspec.Struct, frozen=True, array_like=True, tag="load"):
     """"auto" or "triton": our kernels; "torch": cuBLASLt's for dense maps."""
     num_nextn: int = 0
     """Draft tokens of multi-token prediction that a step may verify; 0: off."""
+    kv_host_cache_gb: float = 0.0
+    """Host memory for KV blocks that the GPU has no room for, in GB; 0: none."""
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True, tag="progress"):
@@ -206,10 +223,11 @@ class Progress(msgspec.Struct, frozen=True, array_like=True, tag="progress"):
 
     epoch: int
     stage: str
-    """"loading", "building", "compiling" (passes that try every kernel) or "capturing" (graphs)."""
+    """"loading", "building", "compiling" (passes that try every kernel), "capturing" (graphs) or
+    "pinning" (host memory for KV blocks)."""
     done: int
     total: int
-    """Bytes while loading weights; 0: nothing to count."""
+    """Bytes while loading weights or pinning memory; 0: nothing to count."""
 
 
 class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
@@ -233,6 +251,8 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     """Sizes of decode steps that `Step.padded_size` may name for a captured graph."""
     num_nextn: int = 0
     """As the Load asked."""
+    num_host_blocks: int = 0
+    """Slots of the host cache: 0 ... num_host_blocks - 1."""
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):

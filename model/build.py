@@ -5,14 +5,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 
 from ..ipc.messages import Load, Ready
 from ..kernels.compilations import compilations
 from ..kernels.mla import MAX_QUERY_LEN
-from . import graphs, kv_cache, loader, memory
+from . import graphs, host_blocks, kv_cache, loader, memory
 from .config import CheckpointError, ModelConfig
 from .deepseek import DeepseekV3
+from .host_blocks import HostBlocks
 from .kv_cache import KVCache
 from .layers import Arithmetic
 from .mtp import MTP
@@ -71,6 +73,8 @@ def build(load: Load, report: Report) -> tuple[Runner, Ready]:
     else:
         budget = load.kv_cache_gb * 1e9 or kv_cache.cpu_budget()
         runner = Runner(model, _cache(load, model, limits, int(budget), device), rows, drafts)
+    if load.kv_host_cache_gb:
+        runner.host = _host_blocks(load, runner.cache, report, notes)
     ready = Ready(
         epoch=load.epoch,
         device=str(device),
@@ -86,6 +90,7 @@ def build(load: Load, report: Report) -> tuple[Runner, Ready]:
         notes=tuple(notes),
         graph_batch_sizes=runner.graphs.sizes,
         num_nextn=load.num_nextn,
+        num_host_blocks=0 if runner.host is None else runner.host.num_slots,
     )
     return runner, ready
 
@@ -100,19 +105,20 @@ def _set_up_on_gpu(
     rehearsal.all_sizes(lambda done, total: report("compiling", done, total))
     sizes = _graph_sizes(load, limits.max_batch_size)
     pass_bytes = memory.peak_of(device, rehearsal.largest_passes)
+    staging_bytes = _staging_bytes(load, model)
     graph_bytes = memory.peak_of(device, rehearsal.largest_decode) if sizes else 0
     drafts = graphs.drafts_of(load.num_nextn)
     num_graphs = len(sizes) * len(drafts)
     passes = len(model.layers) + load.num_nextn  # of the MTP layer, one for each draft
     graph_bytes += num_graphs * passes * memory.GRAPH_BYTES_PER_LAYER
     budget = int(load.kv_cache_gb * 1e9) or memory.kv_budget(
-        device, pass_bytes + graph_bytes, load.kv_cache_free_gpu_memory_fraction
+        device, pass_bytes + staging_bytes + graph_bytes, load.kv_cache_free_gpu_memory_fraction
     )
     warmed = time.monotonic()
     for _ in range(2):
         runner.cache = _cache(load, model, limits, budget, device)
         runner.graphs.capture(sizes, drafts, lambda done, total: report("capturing", done, total))
-        missing = memory.missing(device, pass_bytes)
+        missing = memory.missing(device, pass_bytes + staging_bytes)
         if missing <= 0 or load.kv_cache_gb:
             break
         runner.graphs.drop()
@@ -154,6 +160,34 @@ def _blocks(load: Load, model: DeepseekV3, num_blocks: int, device: torch.device
 def _kv_dtype(load: Load, model: DeepseekV3) -> torch.dtype:
     fp8 = load.kv_cache_dtype == "fp8" or model.config.kv_cache_fp8
     return torch.float8_e4m3fn if fp8 else model.dtype
+
+
+def _staging_bytes(load: Load, model: DeepseekV3) -> int:
+    """That copies to and from the host take of the device's memory."""
+    if not load.kv_host_cache_gb:
+        return 0
+    dtype, mtp = _kv_dtype(load, model), load.num_nextn > 0
+    block_bytes = kv_cache.block_bytes(model.config, load.block_size, dtype, mtp)
+    return host_blocks.STAGED_BLOCKS * block_bytes
+
+
+def _host_blocks(load: Load, cache: KVCache, report: Report, notes: list[str]) -> HostBlocks:
+    """As many slots as fit the configured size; taken last, because pinning takes long."""
+    started = time.monotonic()
+    block_bytes = sum(layer[0].nbytes for layer in cache.layers)
+    num_slots = int(load.kv_host_cache_gb * 1e9 / block_bytes)
+    available = psutil.virtual_memory().available
+    if num_slots < 1 or num_slots * block_bytes > available:
+        raise RuntimeError(
+            f"kv_host_cache_gb is {load.kv_host_cache_gb}, but a KV block has "
+            f"{block_bytes / 1e6:.3f} MB, and {available / 1e9:.1f} GB of host memory are free"
+        )
+    host = HostBlocks(cache.layers, num_slots, lambda done, total: report("pinning", done, total))
+    notes.append(
+        f"host memory keeps {num_slots} KV blocks that the cache of {cache.num_blocks} has no room "
+        f"for; it was taken in {time.monotonic() - started:.1f} s"
+    )
+    return host
 
 
 def _graph_sizes(load: Load, max_batch_size: int) -> list[int]:

@@ -21,6 +21,7 @@ from .chunks import ChunkPlan
 from .decodes import Drafter, accept, empty_inputs, fill_inputs, last_accepted
 from .deepseek import DeepseekV3
 from .graphs import DecodeGraphs
+from .host_blocks import HostBlocks
 from .kv_cache import KVCache
 from .mtp import MTP
 from .rows import Delta, Rows, Words
@@ -84,6 +85,8 @@ class Runner:
         self.model = model
         self.cache = cache
         self.rows = rows
+        self.host: HostBlocks | None = None
+        """Where blocks of the cache are offloaded to; None: no step may ask for that."""
         self.device = rows.device
         self.drafter = None if mtp is None else Drafter(mtp, rows)
         self.graphs = DecodeGraphs(self.decode, self.device)
@@ -103,6 +106,7 @@ class Runner:
         """Puts a step on the stream. Steps are computed in the order of their launches."""
         assert max(step.num_drafts, step.num_next_drafts) <= self.rows.num_nextn, step
         times = self._clock.start()
+        self._copy_blocks(step)
         delta = Delta()
         for join in step.joins:
             self.rows.join(delta, join)
@@ -172,6 +176,18 @@ class Runner:
         """(N, K) of every dense linear map of the layers, the MTP layer's included."""
         own = set() if self.drafter is None else self.drafter.mtp.layer.maps()
         return self.model.maps() | own
+
+    def _copy_blocks(self, step: Step) -> None:
+        """To and from the host; and what this step writes is written once it has been read."""
+        if self.host is None:
+            assert not step.offloads and not step.restores, f"{step.seq=} copies, and nobody can"
+            return
+        self.host.copy(step.offloads, step.restores)
+        for join in step.joins:
+            num_cached_blocks = join.num_cached_tokens // self.cache.block_size
+            self.host.before_writes(join.block_table[num_cached_blocks:])
+        for grow in step.grows:
+            self.host.before_writes(grow.block_ids)
 
     def _set_decodes(self, delta: Delta, packed: bytes) -> None:
         if packed == self._packed:

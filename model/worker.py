@@ -76,7 +76,7 @@ def _does_not_fit(load: Load, error: Exception) -> str:
     return (
         f"the model cannot be set up with max_batch_size {load.max_batch_size}, max_num_tokens "
         f"{load.max_num_tokens}, max_seq_len {load.max_seq_len} and kv_cache_gb "
-        f"{load.kv_cache_gb} (0: chosen here): {reason}"
+        f"{load.kv_cache_gb} (0: chosen here), kv_host_cache_gb {load.kv_host_cache_gb}: {reason}"
     )
 
 

@@ -51,6 +51,8 @@ class Options(msgspec.Struct, forbid_unknown_fields=True):
     step_s: float = 0.0
     load_s: float = 0.0
     num_blocks: int = 129
+    num_host_blocks: int = 0
+    """Where Load asks for host memory at all."""
     max_batch_size: int = 64
     max_num_tokens: int = 256
     max_seq_len: int = 2048
@@ -110,12 +112,16 @@ class FakeModel:
         self.block_size = load.block_size
         self.rows: dict[int, Row] = {}
         self.kv: dict[tuple[int, int], int] = {}
+        self.num_host_blocks = options.num_host_blocks if load.kv_host_cache_gb else 0
+        self.slots: dict[int, list[int]] = {}
+        """A block's fingerprints, by slot of host memory."""
         self.seq = 0
 
     def run(self, step: Step) -> StepOutput:
         require(step.epoch == self.epoch, f"epoch {step.epoch}, not {self.epoch}")
         require(step.seq == self.seq + 1, f"seq {step.seq} after {self.seq}")
         self.seq = step.seq
+        self._copy(step)
         for join in step.joins:
             self._join(join)
         for grow in step.grows:
@@ -147,6 +153,20 @@ class FakeModel:
         mode = "decode" if not chunk_rows else "mixed" if decodes else "prefill"
         require(step.mode == mode, f"mode {step.mode} of a {mode} step")
         require(step.padded_size >= len(decodes), f"padded to {step.padded_size}")
+
+    def _copy(self, step: Step) -> None:
+        for block, slot in step.offloads:
+            require(0 <= slot < self.num_host_blocks, f"slot {slot}")
+            places = [(block, offset) for offset in range(self.block_size)]
+            require(
+                all(place in self.kv for place in places), f"offload of block {block}, not full"
+            )
+            self.slots[slot] = [self.kv[place] for place in places]
+        for slot, block in step.restores:
+            require(slot in self.slots, f"restore of slot {slot}, which holds nothing")
+            require(0 < block < self.options.num_blocks, f"restore into block {block}")
+            for offset, prefix in enumerate(self.slots[slot]):
+                self.kv[block, offset] = prefix
 
     def _join(self, join: Join) -> None:
         tokens = list(unpack_int32(join.token_ids))
@@ -269,6 +289,7 @@ class FakeWorker:
                 num_parameters=0,
                 weight_bytes=0,
                 notes=("this worker computes nothing",),
+                num_host_blocks=options.num_host_blocks if load.kv_host_cache_gb else 0,
             )
         )
         options.max_batch_size = load.max_batch_size or options.max_batch_size

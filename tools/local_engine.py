@@ -40,6 +40,7 @@ class LocalEngine:
         cuda_graph_batch_sizes: tuple[int, ...] = (),
         kv_cache_dtype: str = "auto",
         layout: Layout = WHOLE,
+        kv_host_cache_gb: float = 0.0,
     ) -> None:
         load = Load(
             epoch=0,
@@ -61,6 +62,7 @@ class LocalEngine:
             pp_size=layout.pp_size,
             attention_dp=layout.attention_dp,
             kv_cache_dtype=kv_cache_dtype,
+            kv_host_cache_gb=kv_host_cache_gb,
         )
         self.runner, self.ready = build(load, lambda stage, done, total: None)
         self.num_steps = 0
@@ -76,6 +78,7 @@ class LocalEngine:
             block_size=ready.block_size,
             pipeline_depth=2,
             graph_batch_sizes=ready.graph_batch_sizes,
+            num_host_blocks=ready.num_host_blocks,
         )
 
     def generate(

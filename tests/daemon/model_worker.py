@@ -20,10 +20,10 @@ from dsd.ipc.messages import (
     pack_int32,
     unpack_int32,
 )
+from dsd.tests.daemon.model_host import ModelHost, Slot
 
 HASH_KEY = b"key of the tests"
 STOP_TOKEN = 3
-Slot = tuple[int, int]
 
 
 @dataclass
@@ -58,6 +58,7 @@ class ModelWorker:
         self.seqs: dict[int, Seq] = {}
         self.kv: dict[Slot, int] = {}
         self.known: dict[Slot, int] = {}
+        self.host = ModelHost(block_size)
 
     def slot(self, seq: Seq, position: int) -> Slot:
         index, offset = divmod(position, self.block_size)
@@ -183,6 +184,7 @@ class Harness:
 
     def schedule(self) -> bool:
         preemptions = {id(r): r.num_preemptions for r in self.live.values()}
+        self.worker.host.look(self.scheduler)
         step = self.scheduler.schedule()
         preempted = [r for r in self.live.values() if r.num_preemptions > preemptions[id(r)]]
         seq = self.scheduler._planned + (step is None)
@@ -198,6 +200,9 @@ class Harness:
         self.num_steps += 1
         assert self.num_steps < 100 + 40 * self.num_tokens_asked, "no progress"
         self._apply(step, preempted)
+        if step.joins and not step.grows and not preempted:
+            self._check_hit(step.joins[0])
+        self.worker.host.check_step(step, self.scheduler)
         self.check()
         return True
 
@@ -268,6 +273,8 @@ class Harness:
             for row in (busy_rows | owners.keys()) - joined
             for block_id in worker.seqs[row].block_table
         }
+        writing = {block_id for flight in self.in_flight for block_id, _ in flight.written}
+        worker.host.copy(step, worker.kv, worker.known, writing, in_use)
         for join in step.joins:
             request = owners[join.row]
             assert request.row == join.row
@@ -289,6 +296,20 @@ class Harness:
             worker.seqs[grow.row].block_table += grow.block_ids
         for row, request in owners.items():
             assert worker.seqs[row].block_table == request.block_ids
+
+    def _check_hit(self, join: Join) -> None:
+        """The first block that the row must compute was not in host memory before."""
+        request = self.scheduler._rows[join.row]
+        assert request is not None
+        size, tokens = self.scheduler.block_size, list(unpack_int32(join.token_ids))
+        num_cached, num_full = join.num_cached_tokens // size, (len(tokens) - 1) // size
+        if num_cached < num_full and request.sampling.num_prompt_logprobs < 0:
+            digest = _digest(b"salt:" + request.salt)
+            for start in range(0, (num_cached + 1) * size, size):
+                digest = _digest(digest + pack_int32(tokens[start : start + size]))
+            assert digest not in self.worker.host.slots_before, (
+                f"{request!r} computes what is on the host"
+            )
 
     def _check_all_decode(self, decodes: list[int], owners: dict[int, Request]) -> None:
         expected = {
@@ -397,6 +418,7 @@ class Harness:
             expected = self.legit[digest]
             assert self.worker.known[block_id, last] == expected, f"{block_id=} not known"
             assert self.worker.kv[block_id, last] == expected, f"{block_id=} overwritten"
+        self.worker.host.check(self.scheduler, self.legit)
 
     def drain(self) -> None:
         """Runs until every request has ended, then looks for leaks."""

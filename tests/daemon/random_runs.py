@@ -19,6 +19,7 @@ def random_scheduler(rng: random.Random, cls: type[Scheduler] = Scheduler) -> Sc
         pipeline_depth=rng.randint(1, 3),
         hash_key=HASH_KEY,
         graph_batch_sizes=rng.choice(((), (1, 2, 4))),
+        num_host_blocks=rng.choice((0, 0, 1, 4, 12, 100)),
     )
 
 

@@ -179,6 +179,7 @@ def test_bad_yaml_is_one_sentence_and_status_2(
         (["--drain-timeout-s", "inf"], "drain_timeout_s"),
         (["--kv-cache-gb", "nan"], "kv_cache_gb"),
         (["--kv-cache-gb", "inf"], "kv_cache_gb"),
+        (["--kv-host-cache-gb", "-1"], "kv_host_cache_gb"),
         (["--backend", "tensorrt"], "tensorrt"),
         (["--config", "/no/such.toml"], "/no/such.toml"),
         (["extra", "words"], "unexpected extra argument"),

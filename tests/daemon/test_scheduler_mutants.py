@@ -15,7 +15,8 @@ from dsd.tests.daemon.random_runs import random_run
 DAEMON = Path(__file__).parents[2] / "daemon"
 # In order of import, so that a module finds the mutated ones that it needs.
 MODULES = (
-    "ticks", "blocks", "waiting", "flight", "decode_set", "prefix_cache", "invariants", "scheduler",
+    "ticks", "host_cache", "blocks", "waiting", "flight", "decode_set", "prefix_cache",
+    "invariants", "scheduler",
 )  # fmt: skip
 MAX_SEEDS = 400
 
@@ -69,7 +70,7 @@ MUTANTS = [
         "prompt_logprobs_come_twice", "scheduler", "[max(num_scored - chunk.start, 0) :]", "[:]"
     ),
     Mutant("echo_samples_a_token", "scheduler", "is_last and request.max_tokens > 0", "is_last"),
-    Mutant("cached_blocks_are_not_held", "scheduler", "self._pool.hold(cached)", "pass"),
+    Mutant("cached_blocks_are_not_held", "prefix_cache", "self._pool.hold(found)", "pass"),
     Mutant(
         "aborted_request_stays_queued",
         "scheduler",
@@ -144,6 +145,71 @@ MUTANTS = [
         "blocks",
         "range(num_blocks - 1, 0, -1)",
         "range(num_blocks - 1, -1, -1)",
+    ),
+    Mutant("released_block_is_not_noted", "blocks", "host.released(block_id, block_hash)", "pass"),
+    Mutant("held_block_waits_for_its_copy", "blocks", "self._host.held(block_id)", "pass"),
+    Mutant("evicted_block_is_lost", "blocks", "self._host.evicted(block_id, block_hash)", "pass"),
+    Mutant(
+        "overwritten_block_is_copied",
+        "host_cache",
+        "self._pending.pop(block_id, None)\n        if block_hash",
+        "if block_hash",
+    ),
+    Mutant(
+        "copied_block_is_copied_again", "host_cache", "if block_hash not in self._slots", "if 1"
+    ),
+    Mutant(
+        "slot_is_reused_while_it_is_read",
+        "host_cache",
+        "            self._busy.add(self._slots[block_hash])\n",
+        "",
+    ),
+    Mutant(
+        "slot_is_written_twice_in_a_step",
+        "host_cache",
+        "        self._busy.add(slot)\n        self._off",
+        "        self._off",
+    ),
+    Mutant("slots_stay_busy", "host_cache", "        self._busy.clear()\n", ""),
+    Mutant("dropped_slot_is_still_found", "host_cache", "del self._slots[block_hash]", "pass"),
+    Mutant("copies_are_planned_twice", "host_cache", "self._restores = [], []", "self._r = [], []"),
+    Mutant("nothing_is_copied_ahead", "host_cache", "if num_missing > 0 and", "if False and"),
+    Mutant(
+        "one_block_less_comes_back",
+        "host_cache",
+        "num_found < len(hashes) and",
+        "num_found < len(hashes) - 1 and",
+    ),
+    Mutant(
+        "lost_worker_kept_its_host_blocks",
+        "scheduler",
+        "HostCache | None = None\n        if self.num_host_blocks:",
+        "HostCache | None = getattr(self, '_host', None)\n"
+        "        if self.num_host_blocks and not self._host:",
+    ),
+    Mutant(
+        "host_prefix_begins_at_the_first_block",
+        "prefix_cache",
+        "(request)[num_found:]",
+        "(request)[0:]",
+    ),
+    Mutant(
+        "scoring_reads_the_host",
+        "prefix_cache",
+        "hashes = self._hashes(request)[num_found:]",
+        "hashes = request.block_hashes[num_found:]",
+    ),
+    Mutant(
+        "restored_block_is_not_found_again",
+        "prefix_cache",
+        "self._pool.register(block_id, block_hash)\n",
+        "pass\n",
+    ),
+    Mutant(
+        "restored_tokens_are_computed_too",
+        "scheduler",
+        "(len(cached) + num_restored) *",
+        "len(cached) *",
     ),
 ]
 

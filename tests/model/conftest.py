@@ -263,10 +263,11 @@ def open_runner() -> OpenRunner:
         block_size: int = 16,
         max_batch_size: int = 8,
         max_seq_len: int = 0,
+        num_host_blocks: int = 0,
     ) -> Runner:
         config = ModelConfig.load(directory)
         kv_dtype = getattr(torch, config.dtype if dtype == "auto" else dtype)
-        kv_cache_gb = (num_blocks + 0.5) * kv_cache.block_bytes(config, block_size, kv_dtype) / 1e9
+        block_gb = kv_cache.block_bytes(config, block_size, kv_dtype) / 1e9
         load = Load(
             epoch=0,
             model_dir=str(directory),
@@ -277,11 +278,13 @@ def open_runner() -> OpenRunner:
             max_num_tokens=512,
             max_seq_len=max_seq_len,
             block_size=block_size,
-            kv_cache_gb=kv_cache_gb if num_blocks else 0.05,
+            kv_cache_gb=(num_blocks + 0.5) * block_gb if num_blocks else 0.05,
             kv_cache_free_gpu_memory_fraction=0.9,
+            kv_host_cache_gb=(num_host_blocks + 0.5) * block_gb if num_host_blocks else 0.0,
         )
         runner, ready = build(load, lambda stage, done, total: None)
         assert not num_blocks or ready.num_blocks == num_blocks
+        assert ready.num_host_blocks == num_host_blocks
         for layer in runner.cache.layers:
             layer.fill_(float("nan"))
         return runner
@@ -362,6 +365,7 @@ class Engine:
             num_blocks=runner.cache.num_blocks,
             block_size=runner.cache.block_size,
             pipeline_depth=pipeline_depth,
+            num_host_blocks=0 if runner.host is None else runner.host.num_slots,
         )
         self.max_num_tokens = max_num_tokens
         self.prompts: dict[str, list[int]] = {}

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from dsd.ipc.messages import Sampling
+from dsd.ipc.messages import Copies, Sampling
 from dsd.tools.local_engine import Answer, LocalEngine
 
 pytestmark = [
@@ -78,3 +79,26 @@ def test_answers_do_not_depend_on_the_batch(generate: Generate) -> None:
         for sampling, answers in zip(SAMPLINGS, together, strict=True):
             (alone,) = engine.generate([own], MAX_TOKENS, frozenset(), sampling)
             assert alone.token_ids == answers[i].token_ids, (i, sampling)
+
+
+def test_prefixes_from_host_memory_give_the_tokens_of_a_large_cache() -> None:
+    """Every prompt comes twice, and between the two so many others that its blocks are evicted."""
+    options = {"device": "cuda", "max_batch_size": 2, "max_num_tokens": 128, **EXACT}
+    large = LocalEngine(TINY, **options)
+    block_gb = sum(layer[0].nbytes for layer in large.runner.cache.layers) / 1e9
+    small = LocalEngine(TINY, kv_cache_gb=17.5 * block_gb, kv_host_cache_gb=0.1, **options)
+    assert small.ready.num_blocks == 17
+    host = small.runner.host
+    assert host is not None
+    num_restored = 0
+
+    def copy(offloads: Copies, restores: Copies) -> None:
+        nonlocal num_restored
+        num_restored += len(restores)
+        host.copy(offloads, restores)
+
+    small.runner.host = SimpleNamespace(copy=copy, before_writes=host.before_writes)
+    prompts = 2 * [prompt(i, large.ready.vocab_size) for i in range(NUM_PROMPTS)]
+    answers = small.generate(prompts, MAX_TOKENS, frozenset())
+    assert answers == large.generate(prompts, MAX_TOKENS, frozenset())
+    assert num_restored > 20
