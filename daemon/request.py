@@ -56,7 +56,7 @@ class Request:
 
     __slots__ = (
         "arrival", "block_hashes", "block_ids", "max_tokens", "num_cached_tokens", "num_computed",
-        "num_preemptions", "num_scheduled", "output_ids", "phase", "priority",
+        "num_found", "num_preemptions", "num_scheduled", "output_ids", "phase", "priority",
         "prompt_ids", "request_id", "row", "salt", "sampling", "stop_token_ids",
     )  # fmt: skip
 
@@ -96,7 +96,15 @@ class Request:
         """Tokens whose KV is known to be computed."""
         self.num_cached_tokens = 0
         """Prompt tokens that the prefix cache saved at first admission."""
+        self.num_found = -1
+        """Tokens that the prefix cache held when it was asked while the request waits, for an
+        estimate; -1: not asked yet."""
         self.num_preemptions = 0
+
+    @property
+    def num_left(self) -> int:
+        """Tokens to compute before the next one is sampled; of a waiting request, all it has."""
+        return len(self.prompt_ids) + len(self.output_ids) - self.num_scheduled
 
     def __repr__(self) -> str:
         return (

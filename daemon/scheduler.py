@@ -30,10 +30,11 @@ from .decode_set import DecodeSet
 from .flight import Flight
 from .host_cache import HostCache
 from .invariants import check_scheduler
+from .prefill import PrefillPlan, StepLimit
 from .prefix_cache import PrefixCache
 from .request import FinishReason, Phase, Refused, Request, TokenEvent
 from .scheduler_stats import SchedulerStats
-from .waiting import WaitingQueue
+from .waiting import WaitingQueue, place_in_line
 
 
 class Scheduler:
@@ -57,6 +58,8 @@ class Scheduler:
         self.num_host_blocks = num_host_blocks
         self.block_size = block_size
         self.pipeline_depth = pipeline_depth
+        self.step_limit = StepLimit()
+        """Set by the engine, which knows how long steps take."""
         # Every decoding row takes a token of every step's budget.
         self.max_num_rows = min(max_batch_size, max_num_tokens)
         self._hash_key = hash_key
@@ -180,8 +183,7 @@ class Scheduler:
             return None
         decoding, decodes = self._decoding.snapshot()
         flight = Flight(seq, decoding)
-        budget = self._continue_prefills(flight, self.max_num_tokens - len(decoding))
-        joins = self._admit(flight, budget)
+        joins = self._plan_prompts(flight) if self._prefilling or self._waiting else []
         if not decoding and not flight.chunks:
             return None
         for request in self._decoding.retire(seq):
@@ -218,7 +220,7 @@ class Scheduler:
             for request in (*self._prefilling, *self._decoding.snapshot()[0])
             if request.row in due or self._last_step(request) <= self._done
         ]
-        victim = max(concerned, key=_place_in_line)
+        victim = max(concerned, key=place_in_line)
         return None if self._last_step(victim) > self._done else victim
 
     def _preempt(self, request: Request) -> None:
@@ -229,22 +231,25 @@ class Scheduler:
         self._release(request)
         request.phase = Phase.WAITING
         request.num_scheduled = request.num_computed = 0
+        request.num_found = -1
         request.num_preemptions += 1
         self._num_preemptions += 1
         self._waiting.push(request)
 
-    def _continue_prefills(self, flight: Flight, budget: int) -> int:
-        for request in tuple(self._prefilling):
-            if not budget:
-                break
-            budget -= self._plan_chunk(flight, request, budget)
-        return budget
+    def _plan_prompts(self, flight: Flight) -> list[Join]:
+        num_decodes, size = len(flight.decoding), self.block_size
+        room = self.step_limit.room(self.max_num_tokens, num_decodes, size)
+        plan = PrefillPlan(
+            self._prefilling, self._waiting, room, self._prefix_cache, size, self._admit
+        )
+        for request, length in plan.chunks():
+            self._plan_chunk(flight, request, length)
+        return plan.joins
 
-    def _plan_chunk(self, flight: Flight, request: Request, budget: int) -> int:
-        """The next slice of the request's tokens; returns its length."""
+    def _plan_chunk(self, flight: Flight, request: Request, length: int) -> None:
+        """The next slice of the request's tokens."""
         start = request.num_scheduled
         num_tokens = len(request.prompt_ids) + len(request.output_ids)
-        length = min(budget, num_tokens - start)
         is_last = start + length == num_tokens
         sample = is_last and request.max_tokens > 0
         flight.chunks.append((request, Chunk(request.row, start, length, sample)))
@@ -255,30 +260,26 @@ class Scheduler:
         if is_last:
             self._prefilling.remove(request)
             request.phase = self._decoding.enter(request, flight.seq, num_tokens)
-        return length
 
     # ---- admission ----
 
-    def _admit(self, flight: Flight, budget: int) -> list[Join]:
-        """In line: one that does not fit is not overtaken, or it might wait for ever."""
-        joins: list[Join] = []
-        while budget and self._waiting and self._free_rows:
-            request = self._waiting.first()
-            join = self._join(request)
-            if join is None:
-                break
-            joins.append(join)
-            budget -= self._plan_chunk(flight, request, budget)
-        return joins
+    def _admit(self, request: Request) -> Join | None:
+        """One that passes others leaves a row for the first of them, and its blocks, and a block
+        more for each of the two, should they grow."""
+        first = self._waiting.first()
+        if request is first:
+            return self._join(request, 0) if self._free_rows else None
+        num_spare = -(-first.num_left // self.block_size) + 2
+        return self._join(request, num_spare) if len(self._free_rows) > 1 else None
 
-    def _join(self, request: Request) -> Join | None:
-        """Gives the request its row and blocks; None: too few blocks now."""
+    def _join(self, request: Request, num_spare: int) -> Join | None:
+        """Gives the request its row and blocks; None: too few blocks now to leave `num_spare`."""
         token_bytes = self._prefix_cache.token_bytes(request)
         num_tokens = len(token_bytes) // 4
         cached = self._prefix_cache.find(request)
         num_needed = -(-num_tokens // self.block_size) - len(cached)
         num_left = self._pool.num_available - self._pool.num_idle(cached) - num_needed
-        if num_left < self._headroom(request, num_needed + len(cached)):
+        if num_left < num_spare + self._headroom(request, num_needed + len(cached)):
             return None
         num_restored = self._prefix_cache.assign(request, cached, num_needed)
         request.row = row = self._free_rows.pop()
@@ -430,10 +431,6 @@ class Scheduler:
     def check(self) -> None:
         """Asserts every invariant; see there for which."""
         check_scheduler(self)
-
-
-def _place_in_line(request: Request) -> tuple[int, int]:
-    return request.priority, request.arrival
 
 
 def _padded_sizes(max_num_rows: int, graph_batch_sizes: tuple[int, ...]) -> list[int]:

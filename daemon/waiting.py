@@ -1,8 +1,13 @@
 """The queue in front of the rows."""
 
 from bisect import bisect_left, insort
+from collections.abc import Iterator
 
 from .request import Request
+
+
+def place_in_line(request: Request) -> tuple[int, int]:
+    return request.priority, request.arrival
 
 
 class WaitingQueue:
@@ -16,6 +21,10 @@ class WaitingQueue:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def __iter__(self) -> Iterator[Request]:
+        """First to last."""
+        return (entry[2] for entry in reversed(self._entries))
 
     def __contains__(self, request: Request) -> bool:
         return any(entry[2] is request for entry in self._entries)

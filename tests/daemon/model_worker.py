@@ -212,6 +212,7 @@ class Harness:
         decodes = list(unpack_int32(step.decodes))
         self._check_limits(step, decodes)
         self._check_order(step, owners, preempted)
+        self._check_share(step, owners)
         self._join_and_grow(step, owners)
         self._check_all_decode(decodes, owners)
         rows = [*decodes, *(chunk.row for chunk in step.chunks)]
@@ -251,16 +252,45 @@ class Harness:
     def _check_order(
         self, step: Step, owners: dict[int, Request], preempted: list[Request]
     ) -> None:
-        def place(request: Request) -> tuple[int, int]:
-            return request.priority, self.arrivals[request.request_id]
-
         for grow in step.grows:
-            assert all(place(owners[grow.row]) < place(victim) for victim in preempted)
-        waiting = [place(r) for r in self.live.values() if r.row < 0]
+            own = self._place(owners[grow.row])
+            assert all(own < self._place(victim) for victim in preempted)
+        waiting = [r for r in self.live.values() if r.row < 0]
         for join in step.joins:
-            assert place(owners[join.row]) < min(waiting, default=(10**9, 0)), "overtaken"
+            self._check_passed(owners[join.row], waiting)
         if step.joins:
             self.last_join = step.seq
+
+    def _place(self, request: Request) -> tuple[int, int]:
+        return request.priority, self.arrivals[request.request_id]
+
+    def _check_share(self, step: Step, owners: dict[int, Request]) -> None:
+        """The first in line, of those with a row, moves on in every step; if that does not finish
+        it, it has half of what the prompts have, or a block."""
+        if not step.chunks:
+            assert not self.scheduler._prefilling, "prompts stand still"
+            return
+        lengths = {owners[chunk.row].request_id: chunk.num_tokens for chunk in step.chunks}
+        chunked = [owners[chunk.row] for chunk in step.chunks]
+        first = min((*chunked, *self.scheduler._prefilling), key=self._place)
+        length = lengths.get(first.request_id, 0)
+        assert length, f"{first!r} stands still"
+        if first.phase is Phase.PREFILL and not self.scheduler.step_limit.context_weight:
+            total = sum(lengths.values())
+            assert 2 * length >= total or length == self.scheduler.block_size
+
+    def _check_passed(self, request: Request, waiting: list[Request]) -> None:
+        """Only longer ones of the same priority are overtaken, and only while there is room."""
+        passed = [other for other in waiting if self._place(other) < self._place(request)]
+        num_to_compute = len(request.prompt_ids) + len(self.outputs[request.request_id])
+        for other in passed:
+            assert other.priority == request.priority, "a more urgent one is overtaken"
+            assert other.num_left > num_to_compute - max(request.num_found, 0), "overtaken"
+        if passed:
+            first = min(passed, key=self._place)
+            num_blocks = -(-first.num_left // self.scheduler.block_size)
+            assert self.scheduler._pool.num_available >= num_blocks, f"no room for {first!r}"
+            assert self.scheduler._free_rows, f"no row for {first!r}"
 
     def _join_and_grow(self, step: Step, owners: dict[int, Request]) -> None:
         """Fresh blocks and rows belong to nobody, not even to a step in flight."""

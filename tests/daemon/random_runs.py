@@ -2,6 +2,7 @@
 
 import random
 
+from dsd.daemon.prefill import StepLimit
 from dsd.daemon.request import Request
 from dsd.daemon.scheduler import Scheduler
 from dsd.ipc.messages import Sampling
@@ -21,6 +22,12 @@ def random_scheduler(rng: random.Random, cls: type[Scheduler] = Scheduler) -> Sc
         graph_batch_sizes=rng.choice(((), (1, 2, 4))),
         num_host_blocks=rng.choice((0, 0, 1, 4, 12, 100)),
     )
+
+
+def random_limit(rng: random.Random) -> StepLimit:
+    """What an engine may allow a step: anything, at any time."""
+    work = rng.choice((0.0, 1.0, 2.5, 6.0, 20.0))
+    return rng.choice((StepLimit(), StepLimit(work), StepLimit(work, rng.choice((0.1, 1.0)))))
 
 
 def random_request(rng: random.Random, number: int) -> Request:
@@ -49,8 +56,9 @@ def random_run(seed: int, cls: type[Scheduler] = Scheduler, num_actions: int = 1
     harness = Harness(random_scheduler(rng, cls), rng)
     # Some runs are crowded, some have an engine that keeps up.
     weights = rng.choice(((2, 1, 1, 8, 8, 0.05), (4, 0.1, 0.1, 8, 6, 0), (1, 0.3, 0.3, 6, 6, 0)))
+    actions = ("add", "abort", "finish", "schedule", "update", "reset", "limit")
     for number in range(num_actions):
-        action = rng.choices(("add", "abort", "finish", "schedule", "update", "reset"), weights)[0]
+        action = rng.choices(actions, (*weights, 0.5))[0]
         if action == "add":
             harness.add(random_request(rng, number))
         elif action in ("abort", "finish"):
@@ -61,5 +69,7 @@ def random_run(seed: int, cls: type[Scheduler] = Scheduler, num_actions: int = 1
             harness.update()
         elif action == "reset":
             harness.reset()
+        elif action == "limit":
+            harness.scheduler.step_limit = random_limit(rng)
     harness.drain()
     return harness

@@ -172,7 +172,6 @@ def test_bad_yaml_is_one_sentence_and_status_2(
         (["--ep", "2"], "ep_size is 2"),
         (["--pp", "2"], "pp_size is 2"),
         (["--enable-attention-dp"], "enable_attention_dp"),
-        (["--kv-cache-dtype", "fp8"], "kv_cache_dtype is fp8"),
         (["--max-num-tokens", "4", "--max-batch-size", "8"], "max_num_tokens 4"),
         (["--kv-cache-free-gpu-memory-fraction", "1.5"], "<= 1.0"),
         (["--drain-timeout-s", "nan"], "drain_timeout_s"),

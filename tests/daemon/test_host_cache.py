@@ -233,7 +233,7 @@ def test_slot_that_is_read_is_not_written_by_the_same_step() -> None:
 
 def test_random_runs_restore_blocks() -> None:
     """Or the harness would compare nothing."""
-    found = [stats.host for seed in range(40) if (stats := random_run(seed).scheduler.stats()).host]
+    found = [stats.host for seed in range(80) if (stats := random_run(seed).scheduler.stats()).host]
     assert sum(stats.num_restored_blocks for stats in found if stats) > 10
 
 

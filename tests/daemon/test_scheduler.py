@@ -81,8 +81,9 @@ def test_schedule_long_prompt_is_chunked_and_decodes_go_first() -> None:
     scheduler.add(make_request(3))
     answer(scheduler, plan(scheduler))
     scheduler.add(make_request(10))
+    second = plan(scheduler)
     scheduler.add(make_request(2))
-    second, third = plan(scheduler), plan(scheduler)
+    third = plan(scheduler)
     assert (second.mode, rows(second)) == ("mixed", [0])
     assert second.chunks == (Chunk(1, 0, 7, False),)
     assert rows(third) == [0]

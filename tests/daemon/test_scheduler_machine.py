@@ -15,7 +15,7 @@ from hypothesis.stateful import (
 )
 
 from dsd.tests.daemon.model_worker import Harness
-from dsd.tests.daemon.random_runs import random_request, random_scheduler
+from dsd.tests.daemon.random_runs import random_limit, random_request, random_scheduler
 
 SETTINGS = settings(
     max_examples=500,
@@ -71,6 +71,10 @@ class SchedulerMachine(RuleBasedStateMachine):
                 pass
             if self.harness.in_flight:
                 self.harness.update()
+
+    @rule(seed=seeds)
+    def limit(self, seed: int) -> None:
+        self.harness.scheduler.step_limit = random_limit(random.Random(seed))
 
     @rule(really=st.integers(0, 9))
     def reset(self, really: int) -> None:

@@ -16,7 +16,7 @@ DAEMON = Path(__file__).parents[2] / "daemon"
 # In order of import, so that a module finds the mutated ones that it needs.
 MODULES = (
     "ticks", "host_cache", "blocks", "waiting", "flight", "decode_set", "prefix_cache",
-    "invariants", "scheduler",
+    "invariants", "prefill", "scheduler",
 )  # fmt: skip
 MAX_SEEDS = 400
 
@@ -57,8 +57,8 @@ MUTANTS = [
     Mutant(
         "decodes_cost_no_budget",
         "scheduler",
-        "self.max_num_tokens - len(decoding)",
-        "self.max_num_tokens",
+        "room(self.max_num_tokens, num_decodes",
+        "room(self.max_num_tokens, 0",
     ),
     Mutant(
         "one_step_too_many_in_flight",
@@ -83,8 +83,8 @@ MUTANTS = [
     Mutant(
         "preempted_request_loses_its_place",
         "scheduler",
-        "        self._waiting.push(request)\n\n    def _continue",
-        "        request.arrival += 1000\n        self._waiting.push(request)\n\n    def _continue",
+        "        self._waiting.push(request)\n\n    def _plan",
+        "        request.arrival += 1000\n        self._waiting.push(request)\n\n    def _plan",
     ),
     Mutant(
         "reset_forgets_an_event",
@@ -97,6 +97,25 @@ MUTANTS = [
         "waiting",
         "-request.arrival, request)",
         "request.arrival, request)",
+    ),
+    Mutant("passed_request_is_left_no_blocks", "scheduler", "first.num_left // ", "0 // "),
+    Mutant("passed_request_is_left_no_row", "scheduler", "_rows) > 1 else", "_rows) else"),
+    Mutant("less_urgent_prompt_passes", "prefill", "request.priority == long.priority and", ""),
+    Mutant("longer_prompt_passes", "prefill", ":= self._size(request)) < size", ":= 0) < size"),
+    Mutant(
+        "passing_prompts_take_all",
+        "prefill",
+        "self.num_tokens // 2, self.work / 2",
+        "self.num_tokens, self.work",
+    ),
+    Mutant(
+        "prompt_that_does_not_fit_stops_others",
+        "prefill",
+        "yield from self._joining(request)",
+        "yield from self._joining(None)",
+    ),
+    Mutant(
+        "prompt_stands_still", "prefill", "max(room.fitting(start), least)", "room.fitting(start)"
     ),
     Mutant("whole_prompt_is_cached", "prefix_cache", "(len(token_bytes) - 4)", "len(token_bytes)"),
     Mutant(
