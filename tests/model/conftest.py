@@ -263,10 +263,12 @@ def open_runner() -> OpenRunner:
         block_size: int = 16,
         max_batch_size: int = 8,
         max_seq_len: int = 0,
+        num_nextn: int = 0,
     ) -> Runner:
         config = ModelConfig.load(directory)
         kv_dtype = getattr(torch, config.dtype if dtype == "auto" else dtype)
-        kv_cache_gb = (num_blocks + 0.5) * kv_cache.block_bytes(config, block_size, kv_dtype) / 1e9
+        each = kv_cache.block_bytes(config, block_size, kv_dtype, num_nextn > 0)
+        kv_cache_gb = (num_blocks + 0.5) * each / 1e9
         load = Load(
             epoch=0,
             model_dir=str(directory),
@@ -279,6 +281,7 @@ def open_runner() -> OpenRunner:
             block_size=block_size,
             kv_cache_gb=kv_cache_gb if num_blocks else 0.05,
             kv_cache_free_gpu_memory_fraction=0.9,
+            num_nextn=num_nextn,
         )
         runner, ready = build(load, lambda stage, done, total: None)
         assert not num_blocks or ready.num_blocks == num_blocks
