@@ -73,6 +73,7 @@ def check_logprobs(driver: HandDriver, expected: HandDriver) -> None:
             assert [token for token, _ in entry.top] == [token for token, _ in other.top]
 
 
+@pytest.mark.slow
 def test_sampling_options_of_these_tests_matter(expected, open_driver, prompt_of) -> None:
     plain = add_rows(open_driver(0), prompt_of, [Sampling(temperature=0.0)] * len(SAMPLINGS))
     plain.run()
@@ -116,7 +117,9 @@ def test_drafts_of_the_layer_itself_change_no_token(
     assert driver.run(num_nextn) == plain.run()
 
 
-@pytest.mark.parametrize(("num_right", "tokens"), [(3, 4), (0, 1), (1, 2)])
+@pytest.mark.parametrize(
+    ("num_right", "tokens"), [(3, 4), (0, 1), pytest.param(1, 2, marks=pytest.mark.slow)]
+)
 def test_drafts_that_are_right_are_accepted_and_the_first_wrong_one_ends_it(
     expected, open_driver, prompt_of, num_right: int, tokens: int
 ) -> None:
@@ -128,6 +131,7 @@ def test_drafts_that_are_right_are_accepted_and_the_first_wrong_one_ends_it(
         assert len(row.accepted) == -(-(row.max_tokens - 1) // tokens)
 
 
+@pytest.mark.slow
 def test_lines_of_padding_change_nothing(expected, open_driver, prompt_of, monkeypatch) -> None:
     driver, want = add_rows(open_driver(2), prompt_of), outputs(expected)
 
@@ -177,6 +181,7 @@ def test_drafting_that_comes_and_goes_leaves_no_hole_in_the_layers_kv(
             torch.testing.assert_close(kv[:count], draft_kv(other, i)[:count], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_drafts_behind_the_blocks_of_a_row_reach_no_other_row(
     expected, open_driver, prompt_of
 ) -> None:
