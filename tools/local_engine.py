@@ -40,6 +40,7 @@ class LocalEngine:
         cuda_graph_batch_sizes: tuple[int, ...] = (),
         kv_cache_dtype: str = "auto",
         layout: Layout = WHOLE,
+        num_nextn: int = 0,
     ) -> None:
         load = Load(
             epoch=0,
@@ -61,6 +62,7 @@ class LocalEngine:
             pp_size=layout.pp_size,
             attention_dp=layout.attention_dp,
             kv_cache_dtype=kv_cache_dtype,
+            num_nextn=num_nextn,
         )
         self.runner, self.ready = build(load, lambda stage, done, total: None)
         self.num_steps = 0
