@@ -106,16 +106,20 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     """One forward pass. The worker obeys; it never re-decides.
 
     `offloads`, then `restores`, then `joins`, then `grows` are applied, each in order. Then every
-    row of `decodes` computes its one newest token and its drafts, and every chunk its slice. Tokens
-    are sampled for all `decodes`, then for each chunk with `sample`, in this order: a chunk gets
-    one, a row of `decodes` one more than the drafts that are what would have been sampled without
-    them.
+    row of `decodes` computes its one newest token and every chunk its slice. Tokens are sampled for
+    all `decodes`, then for each chunk with `sample`, in this order.
 
-    So an offload reads its block before anything of this step writes there, and the copies of a
-    step are made before those of the next. They need not wait for the steps before this one that
-    are still being computed: none of those writes a block that is offloaded here, or reads or
-    writes a block that is restored into. A step offloads to a slot at most once, and to none whose
-    earlier content it restores.
+    With drafts, a row of n tokens computes [newest, draft 1 .. draft num_drafts] at positions
+    n - 1 .. n - 1 + num_drafts; its drafts are accepted up to the first that is not what is chosen
+    there, and the token chosen after the last accepted one is a token too. Whatever is sampled is
+    then followed by `num_next_drafts` new drafts; the draft layer computes its own KV of every new
+    token even if that is 0.
+
+    An offload reads its block before anything of this step writes there, and the copies of a step
+    are made before those of the next. They need not wait for the steps before this one that are
+    still being computed: none of those writes a block that is offloaded here, or reads or writes a
+    block that is restored into. A step offloads to a slot at most once, and to none whose earlier
+    content it restores.
     """
 
     epoch: int
@@ -130,9 +134,8 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     """int32 rows."""
     chunks: tuple[Chunk, ...]
     num_drafts: int = 0
-    """Draft tokens behind the newest one that each of `decodes` verifies; at most `num_nextn`."""
+    """Of each row of `decodes`; at most the `num_next_drafts` of the step before."""
     num_next_drafts: int = 0
-    """Draft tokens that each row whose token is sampled gets for the step after this one."""
     offloads: Copies = ()
     """(block, slot of the host cache)."""
     restores: Copies = ()
@@ -154,7 +157,7 @@ class StepOutput(msgspec.Struct, frozen=True, array_like=True, tag="step_output"
     epoch: int
     seq: int
     token_ids: bytes
-    """int32: the tokens of each sampled row, in the order that `Step` defines."""
+    """int32, those of each sampled row, in the order that `Step` defines."""
     logprobs: dict[int, LogprobEntry] = {}
     """By index into `token_ids`; only rows that asked."""
     prompt_logprobs: dict[int, tuple[LogprobEntry, ...]] = {}
@@ -164,7 +167,8 @@ class StepOutput(msgspec.Struct, frozen=True, array_like=True, tag="step_output"
     idle_us: int = 0
     """That the device stood idle between the step before and this one."""
     num_tokens: bytes = b""
-    """int32, how many of `token_ids` belong to each sampled row; empty: one each."""
+    """int32: how many of `token_ids` each sampled row has, 1 to num_drafts + 1 for a row of
+    `decodes`, one for a chunk; empty: one each."""
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
@@ -213,7 +217,7 @@ class Load(msgspec.Struct, frozen=True, array_like=True, tag="load"):
     fp8_gemm: str = "auto"
     """"auto" or "triton": our kernels; "torch": cuBLASLt's for dense maps."""
     num_nextn: int = 0
-    """Draft tokens of multi-token prediction that a step may verify; 0: off."""
+    """Most tokens that the MTP layer drafts for a row in one step; 0: it is not loaded."""
     kv_host_cache_gb: float = 0.0
     """Host memory for KV blocks that the GPU has no room for, in GB; 0: none."""
 
@@ -250,7 +254,7 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     graph_batch_sizes: tuple[int, ...] = ()
     """Sizes of decode steps that `Step.padded_size` may name for a captured graph."""
     num_nextn: int = 0
-    """As the Load asked."""
+    """Most drafts that a `Step` may ask for."""
     num_host_blocks: int = 0
     """Slots of the host cache: 0 ... num_host_blocks - 1."""
 

@@ -71,7 +71,7 @@ def accept(logits: Tensor, lines: Tensor, num_decodes: int, query_len: int, rows
     chosen = [sampler.choose(each[:, 0], left, rows)]
     for i in range(1, query_len):
         right = (left != rows.null) & (drafts[:, i - 1] == chosen[-1])
-        left = torch.where(right, left, rows.null)
+        left = left.masked_fill(~right, rows.null)
         num_tokens += right
         chosen.append(sampler.choose(each[:, i], left, rows))
     rows.tokens.num_computed[row] = rows.tokens.num_tokens[row] - 1

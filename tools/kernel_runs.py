@@ -225,6 +225,12 @@ def rows_state(m: int, device: str) -> None:
     lines = at_an_offset(torch.arange(m, device=device, dtype=torch.int32), m)
     out = zeros(device, m, 70, dtype=torch.int32)
     step.decode_inputs(state, lines, angles, angles, inputs, out, counts[2][:m])
+    drafts = zeros(device, m + 1, 3, dtype=torch.int32)
+    places = step.Inputs.empty(4 * m, ROPE // 2, torch.device(device))
+    for query_len in (2, 4):
+        step.decode_inputs(
+            state, lines, angles, angles, places, out, counts[2][:m], drafts, query_len
+        )
     chunks = [[row, 0, 1, m + row] for row in range(m)]
     parts = torch.tensor(chunks, device=device, dtype=torch.int32)
     step.chunk_inputs(state, parts, 1, angles, angles, inputs)

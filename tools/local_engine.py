@@ -41,6 +41,7 @@ class LocalEngine:
         kv_cache_dtype: str = "auto",
         layout: Layout = WHOLE,
         kv_host_cache_gb: float = 0.0,
+        num_nextn: int = 0,
     ) -> None:
         load = Load(
             epoch=0,
@@ -63,6 +64,7 @@ class LocalEngine:
             attention_dp=layout.attention_dp,
             kv_cache_dtype=kv_cache_dtype,
             kv_host_cache_gb=kv_host_cache_gb,
+            num_nextn=num_nextn,
         )
         self.runner, self.ready = build(load, lambda stage, done, total: None)
         self.num_steps = 0

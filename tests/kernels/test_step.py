@@ -43,6 +43,7 @@ class World:
     inputs: Inputs
     table: Tensor
     seq_lens: Tensor
+    drafts: Tensor
 
     def to(self, device: str) -> "World":
         def moved(fields: object) -> dict[str, object]:
@@ -72,15 +73,16 @@ def world() -> World:
         TokenState(token_ids, computed + 1, computed, table, BLOCK_SIZE),
         torch.rand(40, PAIRS), torch.rand(40, PAIRS), inputs,
         torch.full((5, 10), POISON, dtype=I32), torch.full((5,), POISON, dtype=I32),
+        torch.randint(1000, 2000, (7, 5), dtype=I32),
     )  # fmt: skip
 
 
-def decode(world: World, rows: list[int]) -> World:
+def decode(world: World, rows: list[int], query_len: int = 1) -> World:
     lines = torch.tensor(rows, dtype=I32, device=world.cos.device)
     count = len(rows)
     step.decode_inputs(
         world.state, lines, world.cos, world.sin, world.inputs, world.table[:count],
-        world.seq_lens[:count],
+        world.seq_lens[:count], world.drafts, query_len,
     )  # fmt: skip
     return world
 
@@ -127,6 +129,28 @@ def test_decode_inputs_are_the_newest_token_of_each_row(world) -> None:
 
 
 @plain
+@pytest.mark.parametrize("query_len", [2, 4])
+def test_decode_inputs_of_several_tokens_are_the_newest_and_drafts_behind_it(
+    world, query_len
+) -> None:
+    before, lines = world.to("cpu"), [5, 6, 2, 0]
+    decode(world, lines, query_len)
+    for line, row in enumerate(lines):
+        first = int(before.state.num_computed[row])
+        for i in range(query_len):
+            token, at = line * query_len + i, first + i if row != 6 else 0
+            want = before.state.token_ids[row, at] if i == 0 else before.drafts[row, i - 1]
+            assert world.inputs.input_ids[token] == want
+            assert world.inputs.positions[token] == at
+            block = int(before.state.block_table[row, at // BLOCK_SIZE])
+            assert world.inputs.slot_mapping[token] == block * BLOCK_SIZE + at % BLOCK_SIZE
+            assert torch.equal(world.inputs.cos[token], world.cos[at])
+        assert world.seq_lens[line] == (first + query_len if row != 6 else 0)
+        assert world.state.num_computed[row] == (first + 1 if row != 6 else 0)
+    assert (world.inputs.positions[4 * query_len :] == POISON).all()
+
+
+@plain
 def test_chunk_inputs_are_the_slices_of_the_rows(world) -> None:
     before = world.to("cpu")
     prefill(world, [[1, 2, 2, 5], [4, 0, 18, 7]])
@@ -143,6 +167,8 @@ def test_chunk_inputs_are_the_slices_of_the_rows(world) -> None:
 
 
 DECODES = [[0], [3, 0, 6, 4], [6, 6, 6], [5, 4, 3, 2, 1]]
+SEVERAL = [([3, 0, 6, 4], 1), ([5, 6, 2, 0], 2), ([5, 2, 0], 4), ([6, 2], 3), ([0, 5, 6], 6)]
+"""(rows, tokens of each)"""
 CHUNKS = [[[1, 2, 2, 5], [4, 0, 18, 7]], [[3, 0, 30, 0]], [[2, 4, 1, 29]], []]
 
 
@@ -152,6 +178,14 @@ def test_decode_inputs_interpreted(world, rows, monkeypatch) -> None:
     got = decode(world.to("cpu"), rows)
     monkeypatch.setattr(step, "runs_kernels", lambda x: False)
     same(got, decode(world, rows))
+
+
+@interpreted
+@pytest.mark.parametrize(("rows", "query_len"), SEVERAL, ids=str)
+def test_decode_inputs_of_several_tokens_interpreted(world, rows, query_len, monkeypatch) -> None:
+    got = decode(world.to("cpu"), rows, query_len)
+    monkeypatch.setattr(step, "runs_kernels", lambda x: False)
+    same(got, decode(world, rows, query_len))
 
 
 @interpreted
@@ -191,6 +225,10 @@ class TestOnGpu:
     def test_decode_inputs(self, world, rows) -> None:
         same(decode(world.to("cuda"), rows), decode(world, rows))
 
+    @pytest.mark.parametrize(("rows", "query_len"), SEVERAL, ids=str)
+    def test_decode_inputs_of_several_tokens(self, world, rows, query_len) -> None:
+        same(decode(world.to("cuda"), rows, query_len), decode(world, rows, query_len))
+
     @pytest.mark.parametrize("chunks", CHUNKS, ids=str)
     def test_chunk_inputs(self, world, chunks) -> None:
         same(prefill(world.to("cuda"), chunks), prefill(world, chunks))
@@ -223,7 +261,9 @@ SIZES = {"SIZE": 64, "PAIRS": 32, "PAIRS_BLOCK": 32}
 @pytest.mark.parametrize("arch", [90, 100])
 def test_step_kernels_compile(arch: int) -> None:
     compile_kernel(step._scatter, (WORDS, WORDS, 64), {"BLOCK": step.SCATTER_BLOCK}, arch, 4)
-    args = (*TABLES, WORDS, WORDS, 256, 4097, 64, 64)
-    compile_kernel(step._decode_inputs, args, SIZES, arch, 1)
+    for drafts, stride, query_len in ((None, 0, 1), (WORDS, 3, 2), (WORDS, 5, 6)):
+        args = (*TABLES, WORDS, WORDS, 256, 4097, 64, 64, drafts, stride)
+        lengths = {"LEN": query_len, "LEN_BLOCK": triton.next_power_of_2(query_len)}
+        compile_kernel(step._decode_inputs, args, {**SIZES, **lengths}, arch, 1)
     args = (*TABLES, 4097, 64)
     compile_kernel(step._chunk_inputs, args, {**SIZES, "BLOCK": step.TOKENS_BLOCK}, arch, 4)

@@ -264,10 +264,11 @@ def open_runner() -> OpenRunner:
         max_batch_size: int = 8,
         max_seq_len: int = 0,
         num_host_blocks: int = 0,
+        num_nextn: int = 0,
     ) -> Runner:
         config = ModelConfig.load(directory)
         kv_dtype = getattr(torch, config.dtype if dtype == "auto" else dtype)
-        block_gb = kv_cache.block_bytes(config, block_size, kv_dtype) / 1e9
+        block_gb = kv_cache.block_bytes(config, block_size, kv_dtype, num_nextn > 0) / 1e9
         load = Load(
             epoch=0,
             model_dir=str(directory),
@@ -281,6 +282,7 @@ def open_runner() -> OpenRunner:
             kv_cache_gb=(num_blocks + 0.5) * block_gb if num_blocks else 0.05,
             kv_cache_free_gpu_memory_fraction=0.9,
             kv_host_cache_gb=(num_host_blocks + 0.5) * block_gb if num_host_blocks else 0.0,
+            num_nextn=num_nextn,
         )
         runner, ready = build(load, lambda stage, done, total: None)
         assert not num_blocks or ready.num_blocks == num_blocks
