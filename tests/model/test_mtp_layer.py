@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from dsd.ipc.messages import Grow, Join, Load, Sampling, pack_int32
-from dsd.kernels.sample import gumbel_noise
+from dsd.kernels.reference_sample import gumbel_noise
 from dsd.kernels.step import Inputs
 from dsd.model import checkpoint, decodes, kv_cache, loader
 from dsd.model.batch import ForwardBatch
