@@ -98,6 +98,11 @@ class Request:
         """Prompt tokens that the prefix cache saved at first admission."""
         self.num_preemptions = 0
 
+    @property
+    def num_left(self) -> int:
+        """Tokens to compute before the next one is sampled; of a waiting request, all it has."""
+        return len(self.prompt_ids) + len(self.output_ids) - self.num_scheduled
+
     def __repr__(self) -> str:
         return (
             f"Request({self.request_id} {self.phase.name} row={self.row} "

@@ -31,6 +31,7 @@ from .blocks import BlockPool
 from .decode_set import DecodeSet
 from .flight import Flight
 from .invariants import check_scheduler
+from .prefill import plan_prefills
 from .prefix_cache import PrefixCache
 from .request import FinishReason, Phase, Refused, Request, TokenEvent
 from .waiting import WaitingQueue
@@ -192,8 +193,12 @@ class Scheduler:
             return None
         decoding, decodes = self._decoding.snapshot()
         flight = Flight(seq, decoding)
-        budget = self._continue_prefills(flight, self.max_num_tokens - len(decoding))
-        joins = self._admit(flight, budget)
+        joins: list[Join] = []
+        budget = self.max_num_tokens - len(decoding)
+        for request, length in plan_prefills(
+            self._prefilling, self._waiting, budget, lambda request: self._admit(request, joins)
+        ):
+            self._plan_chunk(flight, request, length)
         if not decoding and not flight.chunks:
             return None
         for request in self._decoding.retire(seq):
@@ -240,18 +245,10 @@ class Scheduler:
         self._num_preemptions += 1
         self._waiting.push(request)
 
-    def _continue_prefills(self, flight: Flight, budget: int) -> int:
-        for request in tuple(self._prefilling):
-            if not budget:
-                break
-            budget -= self._plan_chunk(flight, request, budget)
-        return budget
-
-    def _plan_chunk(self, flight: Flight, request: Request, budget: int) -> int:
-        """The next slice of the request's tokens; returns its length."""
+    def _plan_chunk(self, flight: Flight, request: Request, length: int) -> None:
+        """The next slice of the request's tokens."""
         start = request.num_scheduled
         num_tokens = len(request.prompt_ids) + len(request.output_ids)
-        length = min(budget, num_tokens - start)
         is_last = start + length == num_tokens
         sample = is_last and request.max_tokens > 0
         flight.chunks.append((request, Chunk(request.row, start, length, sample)))
@@ -262,21 +259,16 @@ class Scheduler:
         if is_last:
             self._prefilling.remove(request)
             request.phase = self._decoding.enter(request, flight.seq, num_tokens)
-        return length
 
     # ---- admission ----
 
-    def _admit(self, flight: Flight, budget: int) -> list[Join]:
-        """In line: one that does not fit is not overtaken, or it might wait for ever."""
-        joins: list[Join] = []
-        while budget and self._waiting and self._free_rows:
-            request = self._waiting.first()
-            join = self._join(request)
-            if join is None:
-                break
-            joins.append(join)
-            budget -= self._plan_chunk(flight, request, budget)
-        return joins
+    def _admit(self, request: Request, joins: list[Join]) -> bool:
+        """Whether the request could join; its message is appended."""
+        join = self._join(request) if self._free_rows else None
+        if join is None:
+            return False
+        joins.append(join)
+        return True
 
     def _join(self, request: Request) -> Join | None:
         """Gives the request its row and blocks; None: too few blocks now."""

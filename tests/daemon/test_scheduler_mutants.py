@@ -15,7 +15,8 @@ from dsd.tests.daemon.random_runs import random_run
 DAEMON = Path(__file__).parents[2] / "daemon"
 # In order of import, so that a module finds the mutated ones that it needs.
 MODULES = (
-    "ticks", "blocks", "waiting", "flight", "decode_set", "prefix_cache", "invariants", "scheduler",
+    "ticks", "blocks", "waiting", "flight", "decode_set", "prefix_cache", "invariants", "prefill",
+    "scheduler",
 )  # fmt: skip
 MAX_SEEDS = 400
 
@@ -82,8 +83,8 @@ MUTANTS = [
     Mutant(
         "preempted_request_loses_its_place",
         "scheduler",
-        "        self._waiting.push(request)\n\n    def _continue",
-        "        request.arrival += 1000\n        self._waiting.push(request)\n\n    def _continue",
+        "        self._waiting.push(request)\n\n    def _plan_c",
+        "        request.arrival += 1000\n        self._waiting.push(request)\n\n    def _plan_c",
     ),
     Mutant(
         "reset_forgets_an_event",
