@@ -104,6 +104,12 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     `joins` and `grows` are applied first, in order. Then every row of `decodes` computes its one
     newest token and every chunk its slice. Tokens are sampled for all `decodes`, then for each
     chunk with `sample`, in this order.
+
+    With drafts, a row of n tokens computes [newest, draft 1 .. draft num_drafts] at positions
+    n - 1 .. n - 1 + num_drafts; its drafts are accepted up to the first that is not what is chosen
+    there, and the token chosen after the last accepted one is a token too. Whatever is sampled is
+    then followed by `num_next_drafts` new drafts; the draft layer computes its own KV of every new
+    token even if that is 0.
     """
 
     epoch: int
@@ -117,6 +123,9 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     decodes: bytes
     """int32 rows."""
     chunks: tuple[Chunk, ...]
+    num_drafts: int = 0
+    """Of each row of `decodes`; at most the `num_next_drafts` of the step before."""
+    num_next_drafts: int = 0
 
 
 class LogprobEntry(msgspec.Struct, frozen=True, array_like=True):
@@ -134,7 +143,7 @@ class StepOutput(msgspec.Struct, frozen=True, array_like=True, tag="step_output"
     epoch: int
     seq: int
     token_ids: bytes
-    """int32, one for each sampled row, in the order that `Step` defines."""
+    """int32, those of each sampled row, in the order that `Step` defines."""
     logprobs: dict[int, LogprobEntry] = {}
     """By index into `token_ids`; only rows that asked."""
     prompt_logprobs: dict[int, tuple[LogprobEntry, ...]] = {}
@@ -143,6 +152,9 @@ class StepOutput(msgspec.Struct, frozen=True, array_like=True, tag="step_output"
     """That the step took on the device."""
     idle_us: int = 0
     """That the device stood idle between the step before and this one."""
+    num_tokens: bytes = b""
+    """int32: how many of `token_ids` each sampled row has, 1 to num_drafts + 1 for a row of
+    `decodes`, one for a chunk; empty: one each."""
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
@@ -190,6 +202,8 @@ class Load(msgspec.Struct, frozen=True, array_like=True, tag="load"):
     """Every pass is checked for NaN, eagerly."""
     fp8_gemm: str = "auto"
     """"auto" or "triton": our kernels; "torch": cuBLASLt's for dense maps."""
+    num_nextn: int = 0
+    """Most tokens that the MTP layer drafts for a row in one step; 0: it is not loaded."""
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True, tag="progress"):
@@ -222,6 +236,8 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     """What was chosen and why, a sentence each."""
     graph_batch_sizes: tuple[int, ...] = ()
     """Sizes of decode steps that `Step.padded_size` may name for a captured graph."""
+    num_nextn: int = 0
+    """Most drafts that a `Step` may ask for."""
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):

@@ -75,14 +75,24 @@ MESSAGES: dict[str, Any] = {
         "fp8",
         True,
         "torch",
+        3,
     ),
     "progress": Progress(1, "loading", 10, 2**40),
     "ready": Ready(
-        1, "cpu", "float32", 512, 8, 256, 4096, 129, 64, 10**12, 2**40, ("a", "b"), (1, 2, 4)
+        1, "cpu", "float32", 512, 8, 256, 4096, 129, 64, 10**12, 2**40, ("a", "b"), (1, 2, 4), 3
     ),
     "failed": Failed(1, "no such file", True),
     "step": Step(
-        2, 3, "mixed", 4, (JOIN,), (Grow(1, (9,)),), pack_int32([1, 2]), (Chunk(0, 0, 3, True),)
+        2,
+        3,
+        "mixed",
+        4,
+        (JOIN,),
+        (Grow(1, (9,)),),
+        pack_int32([1, 2]),
+        (Chunk(0, 0, 3, True),),
+        2,
+        3,
     ),
     "step_output": StepOutput(
         2,
@@ -92,31 +102,32 @@ MESSAGES: dict[str, Any] = {
         {0: (LogprobEntry(6, -0.25, ()),)},
         1234,
         17,
+        pack_int32([2, 1]),
     ),
     "stop": Stop(2),
 }
 GOLDEN = {
     "hello": "94a568656c6c6f01cd109200",
     "load": (
-        "dc0016a46c6f616401a22f6da46175746fa7666c6f61743332a46e6f6e6508cd0100cd100040cb3ff800"
-        "0000000000cb3fec000000000000a564756d6d79c2920108080402c3a3667038c3a5746f726368"
+        "dc0017a46c6f616401a22f6da46175746fa7666c6f61743332a46e6f6e6508cd0100cd100040cb3ff800"
+        "0000000000cb3fec000000000000a564756d6d79c2920108080402c3a3667038c3a5746f72636803"
     ),
     "progress": "95a870726f677265737301a76c6f6164696e670acf0000010000000000",
     "ready": (
-        "9ea5726561647901a3637075a7666c6f61743332cd020008cd0100cd1000cc8140cf000000e8d4a51000"
-        "cf000001000000000092a161a16293010204"
+        "9fa5726561647901a3637075a7666c6f61743332cd020008cd0100cd1000cc8140cf000000e8d4a51000"
+        "cf000001000000000092a161a1629301020403"
     ),
     "failed": "94a66661696c656401ac6e6f20737563682066696c65c3",
     "step": (
-        "99a4737465700203a56d6978656404919600c40c05000000060000000700000003009201029dcb3fe000"
+        "9ba4737465700203a56d6978656404919600c40c05000000060000000700000003009201029dcb3fe000"
         "0000000000cb3fd000000000000007cb3fc0000000000000cbbff0000000000000cb4000000000000000"
         "cb3ff8000000000000cfffffffffffffffff919205cbc05900000000000003910114009192019109c408"
-        "01000000020000009194000003c3"
+        "01000000020000009194000003c30203"
     ),
     "step_output": (
-        "98ab737465705f6f75747075740203c40c2c0100002d0100002e010000810193cd012dcbbfe000000000"
+        "99ab737465705f6f75747075740203c40c2c0100002d0100002e010000810193cd012dcbbfe000000000"
         "00009292cd012dcbbfe00000000000009207cbbff80000000000008100919306cbbfd000000000000090"
-        "cd04d211"
+        "cd04d211c4080200000001000000"
     ),
     "stop": "92a473746f7002",
 }
@@ -161,7 +172,9 @@ def test_message_of_a_later_protocol_with_more_fields_is_understood(name) -> Non
     assert msgspec.msgpack.decode(later, type=union_of(MESSAGES[name])) == MESSAGES[name]
 
 
-@pytest.mark.parametrize(("name", "num_defaults"), [("load", 10), ("ready", 2), ("step_output", 4)])
+@pytest.mark.parametrize(
+    ("name", "num_defaults"), [("load", 11), ("ready", 3), ("step", 2), ("step_output", 5)]
+)
 def test_message_of_an_earlier_protocol_without_the_last_fields_is_understood(
     name, num_defaults
 ) -> None:
