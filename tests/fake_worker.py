@@ -243,7 +243,7 @@ class FakeModel:
         for _ in range(self.num_next_drafts):
             position = len(tokens) - 1
             tokens.append(next_token(tokens[-1], position))
-            is_right = position * 37 % 100 < self.options.draft_acceptance
+            is_right = position * 7 % 100 < self.options.draft_acceptance
             row.drafts.append(tokens[-1] if is_right else FIRST_TOKEN - 1)
         if self.num_next_drafts > 1:
             # Up to there the draft layer writes its own KV.
