@@ -205,10 +205,9 @@ class Scheduler:
         """The next step, or None: nothing to do, enough in flight, or results must come first."""
         if len(self._in_flight) >= self.pipeline_depth or not self._requests:
             return None
-        num_drafts = 0
         if self.num_nextn:
             self._drain(self._decoding.settle())
-            num_drafts = self._num_drafts()
+        num_drafts = self._num_drafts()
         grows = self._grow(num_drafts)
         if grows is None:
             return None
