@@ -141,6 +141,11 @@ def show(reply: dict[str, Any], console: Console) -> None:
     if (host := reply.get("kv_host_cache")) is not None:
         table.add_row("host memory", f"{host['used']} of {host['num_blocks']} KV blocks, "
                       f"{host['offloaded']} copied out, {host['restored']} back")  # fmt: skip
+    if (mtp := reply.get("mtp")) is not None:
+        shares = ", ".join(f"{share:.0%}" for share in mtp["acceptance"])
+        table.add_row("MTP", f"{mtp['draft_length']} of {mtp['num_nextn']} drafts ({mtp['why']}), "
+                      f"{mtp['mean_accepted_length']:.2f} tokens a step; "
+                      f"accepted by position: {shares}")  # fmt: skip
     table.add_row("speed", f"{reply['tokens_per_s']} tokens/s over the last 10 s")
     console.print(table)
 

@@ -82,12 +82,17 @@ class HostCache:
 
     # ---- a request meets what is here ----
 
-    def claim(self, hashes: Sequence[bytes]) -> int:
-        """How many of a prefix's next blocks are here. They stay until the step is planned, so that
-        blocks can be allocated for them, which may evict others; then `restore` them."""
+    def holds(self, hashes: Sequence[bytes]) -> int:
+        """How many of a prefix's next blocks are here."""
         num_found = 0
         while num_found < len(hashes) and hashes[num_found] in self._slots:
             num_found += 1
+        return num_found
+
+    def claim(self, hashes: Sequence[bytes]) -> int:
+        """How many of a prefix's next blocks are here. They stay until the step is planned, so that
+        blocks can be allocated for them, which may evict others; then `restore` them."""
+        num_found = self.holds(hashes)
         for block_hash in reversed(hashes[:num_found]):  # the head is to be dropped last
             self._slots.move_to_end(block_hash)
             self._busy.add(self._slots[block_hash])

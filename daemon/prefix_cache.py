@@ -12,9 +12,12 @@ class PrefixCache:
     """Computes a request's hash chain at most once (`Request.block_hashes`) and only as far as
     somebody asks."""
 
-    def __init__(self, pool: BlockPool, host: HostCache | None = None) -> None:
+    def __init__(
+        self, pool: BlockPool, host: HostCache | None = None, has_drafts: bool = False
+    ) -> None:
         self._pool = pool
         self._host = host
+        self._has_drafts = has_drafts
         self._block_size = pool.block_size
         self._packed: tuple[Request, bytes] | None = None
 
@@ -28,8 +31,17 @@ class PrefixCache:
 
     def find(self, request: Request) -> list[int]:
         """Blocks that hold a prefix of the request. Never the block of its last token: one token
-        must be computed to have logits. Prompt log-probabilities need every position computed."""
-        return self._pool.match(self._hashes(request))
+        must be computed to have logits. Prompt log-probabilities need every position computed.
+
+        With drafts, never the last one found either, here or on the host: the draft layer's KV of a
+        position depends on the token after it, and after the last block that is another request's.
+        (Where two requests computed the same block and went on differently, one position of it
+        keeps the token of the first. A draft may be worse for that, a token never is.)"""
+        hashes = self._hashes(request)
+        found = self._pool.match(hashes)
+        if not self._has_drafts or (self._host and self._host.holds(hashes[len(found) :])):
+            return found
+        return found[:-1]
 
     def _hashes(self, request: Request) -> list[bytes]:
         """Of the blocks that the request may find."""
@@ -61,6 +73,8 @@ class PrefixCache:
 
     def _claim(self, host: HostCache, request: Request, num_found: int) -> list[bytes]:
         hashes = self._hashes(request)[num_found:]
+        if self._has_drafts:
+            hashes = hashes[: max(host.holds(hashes) - 1, 0)]
         return hashes[: host.claim(hashes)]
 
     def store(self, request: Request, first: int, stop: int) -> None:

@@ -2,6 +2,8 @@
 
 import msgspec
 
+from .drafting import DraftStats
+
 
 class HostCacheStats(msgspec.Struct, frozen=True):
     num_blocks: int
@@ -29,3 +31,5 @@ class SchedulerStats(msgspec.Struct, frozen=True):
     num_preemptions: int
     host: HostCacheStats | None = None
     """None: the host keeps no blocks."""
+    drafts: DraftStats | None = None
+    """None: no step has drafts."""

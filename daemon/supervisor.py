@@ -201,6 +201,8 @@ class Supervisor:
                 sizes = message.num_blocks - 1, message.block_size, message.num_host_blocks + 1
                 if min(sizes) < 1:
                     raise ChannelError(f"a worker without a KV cache: {message}")
+                if message.num_nextn < 0:
+                    raise ChannelError(f"a worker with {message.num_nextn} drafts")
                 engine.worker_ready(message)
             case Failed():
                 if message.user_error:

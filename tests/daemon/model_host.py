@@ -17,6 +17,8 @@ class ModelHost:
         self.block_size = block_size
         self.slots: dict[int, list[int]] = {}
         """Fingerprints of a block by slot of the host cache."""
+        self.draft_slots: dict[int, list[int | None]] = {}
+        """Of the draft layer, where there is one."""
         self.slots_before: dict[bytes, int] = {}
         self.cached_before: dict[bytes, int] = {}
         self.seen: set[bytes] = set()
@@ -27,6 +29,7 @@ class ModelHost:
         step: Step,
         kv: dict[Slot, int],
         known: dict[Slot, int],
+        draft_kv: dict[Slot, int],
         writing: Collection[int],
         in_use: Collection[int],
     ) -> None:
@@ -41,6 +44,7 @@ class ModelHost:
             assert all(place in known for place in places), f"{block_id=} is not full"
             assert all(kv[place] == known[place] for place in places)
             self.slots[slot] = [kv[place] for place in places]
+            self.draft_slots[slot] = [draft_kv.get(place) for place in places]
         targets = [block_id for _, block_id in step.restores]
         assert len(set(targets)) == len(targets)
         assert not {*targets} & {*writing, *in_use}, f"{targets} are restored into and in use"
@@ -48,6 +52,9 @@ class ModelHost:
             content = {(block_id, i): value for i, value in enumerate(self.slots[slot])}
             kv.update(content)
             known.update(content)
+            for i, value in enumerate(self.draft_slots[slot]):
+                if value is not None:
+                    draft_kv[block_id, i] = value
 
     def look(self, scheduler: "Scheduler") -> None:
         """Remembers what is cached, here and on the GPU, before a step is planned."""
