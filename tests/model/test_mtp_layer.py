@@ -18,6 +18,7 @@ from dsd.model import checkpoint, decodes, kv_cache, loader
 from dsd.model.batch import ForwardBatch
 from dsd.model.build import build
 from dsd.model.config import CheckpointError, ModelConfig
+from dsd.model.graphs import drafts_of
 from dsd.model.kv_cache import KVCache
 from dsd.model.parallel import Layout
 from dsd.model.rows import Delta, Rows
@@ -294,3 +295,8 @@ def test_accepting_and_drafting_ask_the_host_for_nothing(monkeypatch) -> None:
 def meta_choice() -> SamplingState:
     names = [field.name for field in fields(SamplingState)]
     return SamplingState(**{name: torch.zeros(5, dtype=torch.int32) for name in names})
+
+
+def test_graphs_are_captured_for_every_length_of_drafts() -> None:
+    assert drafts_of(0) == [(0, 0)]
+    assert drafts_of(2) == [(2, 2), (1, 1), (0, 0)]
