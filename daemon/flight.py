@@ -13,6 +13,7 @@ class Flight:
     seq: int
     decoding: list[Request]
     """In the order of `Step.decodes`. Shared between steps: never changed."""
+    num_drafts: int = 0
     chunks: list[tuple[Request, Chunk]] = field(default_factory=list)
     prefilled: list[Request] = field(default_factory=list)
     """Those whose last chunk this is, if they sample: their tokens follow those of `decoding`."""

@@ -11,8 +11,9 @@ class PrefixCache:
     """Computes a request's hash chain at most once (`Request.block_hashes`) and only as far as
     somebody asks."""
 
-    def __init__(self, pool: BlockPool) -> None:
+    def __init__(self, pool: BlockPool, has_drafts: bool = False) -> None:
         self._pool = pool
+        self._has_drafts = has_drafts
         self._block_size = pool.block_size
         self._packed: tuple[Request, bytes] | None = None
 
@@ -30,7 +31,12 @@ class PrefixCache:
 
     def find(self, request: Request) -> list[int]:
         """Blocks that hold a prefix of the request. Never the block of its last token: one token
-        must be computed to have logits. Prompt log-probabilities need every position computed."""
+        must be computed to have logits. Prompt log-probabilities need every position computed.
+
+        With drafts, never the last one found either: the draft layer's KV of a position depends on
+        the token after it, and after the last block that is another request's. (Where two requests
+        computed the same block and went on differently, one position of it keeps the token of the
+        first. A draft may be worse for that, a token never is.)"""
         if request.sampling.num_prompt_logprobs >= 0:
             return []
         token_bytes = self.token_bytes(request)
@@ -40,7 +46,8 @@ class PrefixCache:
         if len(hashes) < num_full:
             rest = token_bytes[len(hashes) * num_bytes : num_full * num_bytes]
             self._pool.extend_hashes(hashes, request.salt, rest)
-        return self._pool.match(hashes[:num_full])
+        found = self._pool.match(hashes[:num_full])
+        return found[:-1] if self._has_drafts else found
 
     def store(self, request: Request, first: int, stop: int) -> None:
         """Blocks `first` to `stop - 1` of the request are computed, and their tokens accepted."""

@@ -98,6 +98,21 @@ class Request:
         """Prompt tokens that the prefix cache saved at first admission."""
         self.num_preemptions = 0
 
+    @property
+    def num_tokens(self) -> int:
+        """Known ones, of prompt and output."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def num_final(self) -> int:
+        """Most tokens that must ever be computed: the last one generated need not be."""
+        return len(self.prompt_ids) + self.max_tokens - 1
+
+    @property
+    def num_left(self) -> int:
+        """Tokens to compute before the next one is sampled; of a waiting request, all it has."""
+        return self.num_tokens - self.num_scheduled
+
     def __repr__(self) -> str:
         return (
             f"Request({self.request_id} {self.phase.name} row={self.row} "

@@ -19,20 +19,26 @@ and row and blocks return only in update(2).
     WAITING -> PREFILL -> DECODE -> DRAINING -> FINISHED      (aborts and stops from everywhere)
        ^----------+---------' preempted
 
-In DECODE, `Request.num_scheduled` and `num_computed` stand still: see `DecodeSet`.
+In DECODE, `Request.num_scheduled` and `num_computed` stand still: see `DecodeSet`. With drafts a
+step yields 1 to num_drafts + 1 tokens a row, so where a row stands is known only between bounds
+while steps are in flight: it has the blocks for the fastest case, and goes on being planned until
+it has ended in the slowest.
 """
 
 from collections import deque
 
 import msgspec
 
-from ..ipc.messages import Chunk, Grow, Join, LogprobEntry, Step, StepOutput, unpack_int32
+from ..ipc.messages import Chunk, Grow, Join, LogprobEntry, Step, StepOutput
 from .blocks import BlockPool
 from .decode_set import DecodeSet
+from .drafting import DraftLength, DraftStats
 from .flight import Flight
 from .invariants import check_scheduler
+from .prefill import plan_prefills
 from .prefix_cache import PrefixCache
 from .request import FinishReason, Phase, Refused, Request, TokenEvent
+from .results import accept, is_result_of, num_tokens_by_row
 from .waiting import WaitingQueue
 
 
@@ -51,6 +57,7 @@ class SchedulerStats(msgspec.Struct, frozen=True):
     """Of first admissions; so is the next."""
     num_cached_tokens: int
     num_preemptions: int
+    drafts: DraftStats | None = None
 
 
 class Scheduler:
@@ -65,8 +72,11 @@ class Scheduler:
         epoch: int = 0,
         hash_key: bytes = b"",
         graph_batch_sizes: tuple[int, ...] = (),
+        num_nextn: int = 0,
+        num_nextn_by_batch_size: tuple[tuple[int, int], ...] = (),
     ) -> None:
         assert min(max_batch_size, max_num_tokens, max_seq_len, pipeline_depth) >= 1
+        assert num_nextn >= 0
         self.max_num_tokens = max_num_tokens
         self.max_seq_len = max_seq_len
         self.num_blocks = num_blocks
@@ -74,6 +84,12 @@ class Scheduler:
         self.pipeline_depth = pipeline_depth
         # Every decoding row takes a token of every step's budget.
         self.max_num_rows = min(max_batch_size, max_num_tokens)
+        self.num_nextn = num_nextn
+        self.lookahead = max(num_nextn - 1, 0)
+        """Drafting num_nextn tokens, the draft layer writes so far past the newest known one."""
+        self.overrun = pipeline_depth * num_nextn + self.lookahead
+        """Positions past a request's last one that steps in flight may write."""
+        self._num_nextn_by_batch_size = num_nextn_by_batch_size
         self._hash_key = hash_key
         self._padded_sizes = _padded_sizes(self.max_num_rows, graph_batch_sizes)
         self._num_arrivals = 0
@@ -91,12 +107,15 @@ class Scheduler:
         """Seq of the newest step whose result is known."""
         self._in_flight: deque[Flight] = deque()
         self._pool = BlockPool(self.num_blocks, self.block_size, self._hash_key)
-        self._prefix_cache = PrefixCache(self._pool)
+        self._prefix_cache = PrefixCache(self._pool, has_drafts=self.num_nextn > 0)
         self._requests: dict[str, Request] = {}
         """Every request without its terminal event."""
         self._waiting = WaitingQueue()
         self._prefilling: list[Request] = []
-        self._decoding = DecodeSet(self.block_size)
+        self._decoding = DecodeSet(self.block_size, self.overrun, self.lookahead)
+        self._drafts = DraftLength(self.num_nextn, self._num_nextn_by_batch_size)
+        self._num_next_drafts = 0
+        """Those that the newest step makes for each of its rows."""
         self._rows: list[Request | None] = [None] * self.max_num_rows
         self._free_rows = list(range(self.max_num_rows - 1, -1, -1))
         self._last_steps = [0] * self.max_num_rows
@@ -109,7 +128,7 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queues a request and clamps its `max_tokens`. Raises `Refused` if it can never fit."""
         num_prompt_tokens = len(request.prompt_ids)
-        capacity = (self.num_blocks - 1) * self.block_size
+        capacity = (self.num_blocks - 1) * self.block_size - self.overrun
         if not num_prompt_tokens:
             raise Refused("the prompt has no tokens")
         if num_prompt_tokens >= self.max_seq_len:
@@ -186,38 +205,68 @@ class Scheduler:
         """The next step, or None: nothing to do, enough in flight, or results must come first."""
         if len(self._in_flight) >= self.pipeline_depth or not self._requests:
             return None
-        seq = self._planned + 1
-        grows = self._grow(seq)
+        self._drain(self._decoding.settle())
+        num_drafts = self._num_drafts()
+        grows = self._grow(num_drafts)
         if grows is None:
             return None
         decoding, decodes = self._decoding.snapshot()
-        flight = Flight(seq, decoding)
-        budget = self._continue_prefills(flight, self.max_num_tokens - len(decoding))
-        joins = self._admit(flight, budget)
+        flight = Flight(self._planned + 1, decoding, num_drafts)
+        joins: list[Join] = []
+        budget = self.max_num_tokens - len(decoding) * (1 + num_drafts)
+        for request, length in plan_prefills(
+            self._prefilling, self._waiting, budget, lambda request: self._admit(request, joins)
+        ):
+            self._plan_chunk(flight, request, length)
         if not decoding and not flight.chunks:
             return None
-        for request in self._decoding.retire(seq):
-            request.phase = Phase.DRAINING
-            self._last_steps[request.row] = seq
-        self._planned = seq
-        self._in_flight.append(flight)
-        chunks = tuple([chunk for _, chunk in flight.chunks])
-        mode = "decode" if not chunks else "mixed" if decoding else "prefill"
-        padded_size = self._padded_sizes[len(decoding)]
-        return Step(self.epoch, seq, mode, padded_size, tuple(joins), grows, decodes, chunks)
+        return self._commit(flight, tuple(joins), grows, decodes)
 
-    def _grow(self, seq: int) -> tuple[Grow, ...] | None:
-        """A block for each decoding row that needs one now; None: wait for results."""
-        due = self._decoding.due_growth(seq)
-        while len(due) > self._pool.num_available:
+    def _commit(
+        self, flight: Flight, joins: tuple[Join, ...], grows: tuple[Grow, ...], decodes: bytes
+    ) -> Step:
+        """The step is certain: time goes on."""
+        self._planned = seq = flight.seq
+        self._in_flight.append(flight)
+        self._drain(self._decoding.advance(flight.num_drafts))
+        self._num_next_drafts = self._drafts.choose(len(self._decoding))
+        num_decoding = len(flight.decoding)
+        chunks = tuple([chunk for _, chunk in flight.chunks])
+        mode = "decode" if not chunks else "mixed" if num_decoding else "prefill"
+        return Step(
+            self.epoch, seq, mode, self._padded_sizes[num_decoding], joins, grows, decodes, chunks,
+            flight.num_drafts, self._num_next_drafts,
+        )  # fmt: skip
+
+    def _drain(self, requests: list[Request]) -> None:
+        """The steps in flight bring all that these may generate."""
+        for request in requests:
+            request.phase = Phase.DRAINING
+            self._last_steps[request.row] = self._planned
+
+    def _num_drafts(self) -> int:
+        """Of the next step: what the step before makes, as far as there is room. At most half of
+        the tokens that a step has for prompts go to drafts, and nobody is preempted for them."""
+        num_drafts, num_rows = self._num_next_drafts, len(self._decoding)
+        if num_drafts and num_rows:
+            num_drafts = min(num_drafts, (self.max_num_tokens - num_rows) // (2 * num_rows))
+            num_blocks = sum(self._decoding.due_growth(num_drafts).values())
+            if num_blocks <= self._pool.num_available:
+                return num_drafts
+        return 0
+
+    def _grow(self, num_drafts: int) -> tuple[Grow, ...] | None:
+        """Blocks for the decoding rows that need some now; None: wait for results."""
+        due = self._decoding.due_growth(num_drafts)
+        while sum(due.values()) > self._pool.num_available:
             victim = self._victim(due)
             if victim is None:
                 return None
             self._preempt(victim)
-            due = self._decoding.due_growth(seq)
-        return self._decoding.grow(seq, self._pool) if due else ()
+            due = self._decoding.due_growth(num_drafts)
+        return self._decoding.grow(num_drafts, due, self._pool) if due else ()
 
-    def _victim(self, due: dict[int, None]) -> Request | None:
+    def _victim(self, due: dict[int, int]) -> Request | None:
         """The last in line of those that could give or want a block; None while it has a result
         outstanding. It may be the one that wants: nobody yields to a newer one."""
         concerned = [
@@ -240,19 +289,10 @@ class Scheduler:
         self._num_preemptions += 1
         self._waiting.push(request)
 
-    def _continue_prefills(self, flight: Flight, budget: int) -> int:
-        for request in tuple(self._prefilling):
-            if not budget:
-                break
-            budget -= self._plan_chunk(flight, request, budget)
-        return budget
-
-    def _plan_chunk(self, flight: Flight, request: Request, budget: int) -> int:
-        """The next slice of the request's tokens; returns its length."""
+    def _plan_chunk(self, flight: Flight, request: Request, length: int) -> None:
+        """The next slice of the request's tokens."""
         start = request.num_scheduled
-        num_tokens = len(request.prompt_ids) + len(request.output_ids)
-        length = min(budget, num_tokens - start)
-        is_last = start + length == num_tokens
+        is_last = start + length == request.num_tokens
         sample = is_last and request.max_tokens > 0
         flight.chunks.append((request, Chunk(request.row, start, length, sample)))
         request.num_scheduled = start + length
@@ -261,27 +301,22 @@ class Scheduler:
             flight.prefilled.append(request)
         if is_last:
             self._prefilling.remove(request)
-            request.phase = self._decoding.enter(request, flight.seq, num_tokens)
-        return length
+            request.phase = self._decoding.enter(request, flight.num_drafts)
 
     # ---- admission ----
 
-    def _admit(self, flight: Flight, budget: int) -> list[Join]:
-        """In line: one that does not fit is not overtaken, or it might wait for ever."""
-        joins: list[Join] = []
-        while budget and self._waiting and self._free_rows:
-            request = self._waiting.first()
-            join = self._join(request)
-            if join is None:
-                break
-            joins.append(join)
-            budget -= self._plan_chunk(flight, request, budget)
-        return joins
+    def _admit(self, request: Request, joins: list[Join]) -> bool:
+        """Whether the request could join; its message is appended."""
+        join = self._join(request) if self._free_rows else None
+        if join is None:
+            return False
+        joins.append(join)
+        return True
 
     def _join(self, request: Request) -> Join | None:
         """Gives the request its row and blocks; None: too few blocks now."""
         token_bytes = self._prefix_cache.token_bytes(request)
-        num_tokens = len(token_bytes) // 4
+        num_tokens = len(token_bytes) // 4 + self.lookahead
         cached = self._prefix_cache.find(request)
         num_needed = -(-num_tokens // self.block_size) - len(cached)
         num_left = self._pool.num_available - self._pool.num_idle(cached) - num_needed
@@ -307,8 +342,7 @@ class Scheduler:
     def _headroom(self, request: Request, num_blocks: int) -> int:
         """Blocks to leave: one for each running row that will need another, so that nobody is
         preempted for at least `block_size` tokens. A request alone always fits: see `add`."""
-        num_final_tokens = len(request.prompt_ids) + request.max_tokens - 1
-        grows = num_final_tokens > num_blocks * self.block_size
+        grows = request.num_final + self.overrun > num_blocks * self.block_size
         return self._decoding.num_growing + len(self._prefilling) + grows
 
     def _count_admission(self, request: Request, num_cached_tokens: int) -> None:
@@ -320,11 +354,8 @@ class Scheduler:
     # ---- results ----
 
     def expects(self, output: StepOutput) -> bool:
-        """Whether this is the result of the oldest step in flight, with a token for each row."""
-        for flight in self._in_flight:
-            num_sampled = len(flight.decoding) + len(flight.prefilled)
-            return output.seq == flight.seq and len(output.token_ids) == 4 * num_sampled
-        return False
+        """Whether this is the result of the oldest step in flight, with tokens for each row."""
+        return bool(self._in_flight) and is_result_of(self._in_flight[0], output)
 
     def update(self, output: StepOutput) -> list[TokenEvent]:
         """What a step did, an event for each token; of older epochs, nothing."""
@@ -334,53 +365,19 @@ class Scheduler:
         assert (output.epoch, output.seq) == (self.epoch, flight.seq)
         self._done = flight.seq
         events: list[TokenEvent] = []
-        for request, index in self._decoding.filled(flight.seq):
-            self._prefix_cache.store(request, index, index + 1)
         for i, (request, chunk) in enumerate(flight.chunks):
             if request.phase is not Phase.FINISHED:
                 self._chunk_done(request, chunk, output.prompt_logprobs.get(i, ()), events)
-        self._accept_all(flight.decoding + flight.prefilled, output, events)
+        ended = accept(flight, output, events, dates_are_exact=not self.num_nextn)
+        if self.num_nextn:
+            self._drafts.note(flight.num_drafts, num_tokens_by_row(flight, output))
+        for request, first, stop in self._decoding.filled(flight.num_drafts):
+            self._prefix_cache.store(request, first, stop)
+        for request in ended:
+            self._end(request)
         for request in flight.releases:
             self._release(request)
         return events
-
-    def _accept_all(
-        self, sampled: list[Request], output: StepOutput, events: list[TokenEvent]
-    ) -> None:
-        token_ids = unpack_int32(output.token_ids)
-        if output.logprobs:
-            for i, (request, token_id) in enumerate(zip(sampled, token_ids, strict=True)):
-                self._accept(request, token_id, output.logprobs.get(i), events)
-            return
-        # The one loop over all rows. Only those in DECODE can neither have ended nor reach
-        # max_tokens here.
-        decode, emit = Phase.DECODE, events.append
-        for request, token_id in zip(sampled, token_ids, strict=True):
-            if request.phase is decode and token_id not in request.stop_token_ids:
-                request.output_ids.append(token_id)
-                emit(TokenEvent(request, token_id))
-            else:
-                self._accept(request, token_id, None, events)
-
-    def _accept(
-        self,
-        request: Request,
-        token_id: int,
-        logprob: LogprobEntry | None,
-        events: list[TokenEvent],
-    ) -> None:
-        if request.phase is Phase.FINISHED:
-            return
-        request.output_ids.append(token_id)
-        num_tokens = len(request.output_ids)
-        finish = None
-        if token_id in request.stop_token_ids and num_tokens > request.sampling.min_tokens:
-            finish = FinishReason.STOP
-        elif num_tokens == request.max_tokens:
-            finish = FinishReason.LENGTH
-        if finish is not None:
-            self._end(request)
-        events.append(TokenEvent(request, token_id, logprob, (), finish))
 
     def _chunk_done(
         self,
@@ -433,6 +430,7 @@ class Scheduler:
             num_prompt_tokens=self._num_prompt_tokens,
             num_cached_tokens=self._num_cached_tokens,
             num_preemptions=self._num_preemptions,
+            drafts=self._drafts.stats() if self.num_nextn else None,
         )
 
     def check(self) -> None:

@@ -2,7 +2,7 @@
 
 
 class Calendar:
-    """At most one date per row. A tick is the seq of a step.
+    """At most one date per row. The owner says what a tick is, and looks at each one once.
 
     Kept exact: a row that leaves takes its date with it, so that the calendar never holds more
     than one entry a row, however far away the dates of short requests were.
@@ -32,13 +32,18 @@ class Calendar:
             if not rows:
                 del self._rows[tick]
 
-    def due(self, tick: int) -> dict[int, None]:
-        """The rows armed for the tick; they stay armed."""
-        return self._rows.get(tick, {})
+    def due(self, first: int, last: int) -> list[int]:
+        """The rows armed for the ticks `first` to `last`; they stay armed."""
+        rows: list[int] = []
+        for tick in range(first, last + 1):
+            rows += self._rows.get(tick, ())
+        return rows
 
-    def fire(self, tick: int) -> list[int]:
-        """Takes the rows armed for the tick off the calendar."""
-        rows = list(self._rows.pop(tick, ()))
+    def fire(self, first: int, last: int) -> list[int]:
+        """Takes the rows armed for the ticks `first` to `last` off the calendar."""
+        rows: list[int] = []
+        for tick in range(first, last + 1):
+            rows += self._rows.pop(tick, ())
         for row in rows:
             del self._ticks[row]
         return rows

@@ -2,17 +2,23 @@
 what it sees.
 
 The "KV" of a position is a fingerprint of the salt and of every token up to that position, so a
-block with the right tokens after a wrong prefix is as wrong as one with wrong tokens.
+block with the right tokens after a wrong prefix is as wrong as one with wrong tokens. What was
+computed for a rejected draft is POISON. The draft layer has a KV of its own.
+
+Which token a request gets next depends on the request and on how many it has, and on nothing else:
+so whatever is drafted, and whoever else runs, its tokens must be the same.
 """
 
 import hashlib
 import random
+import zlib
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from dsd.daemon.request import FinishReason, Phase, Refused, Request, TokenEvent
 from dsd.daemon.scheduler import Scheduler
 from dsd.ipc.messages import (
+    Chunk,
     Join,
     LogprobEntry,
     Step,
@@ -23,6 +29,10 @@ from dsd.ipc.messages import (
 
 HASH_KEY = b"key of the tests"
 STOP_TOKEN = 3
+TOKENS = (0, 0, 0, 0, 1, 1, 1, 1, 2, 2, STOP_TOKEN)
+POISON = -1
+UNKNOWN = -2
+"""In place of a token that nobody knows."""
 Slot = tuple[int, int]
 
 
@@ -37,16 +47,20 @@ class Seq:
     num_prompt_tokens: int
     started: bool = False
     """A token was sampled since the join."""
+    drafts: list[int] = field(default_factory=list)
 
 
 @dataclass
 class InFlight:
     step: Step
     sampled: list[Request]
-    token_ids: list[int]
+    token_ids: list[list[int]]
+    """Of each sampled row."""
     chunked: list[Request]
     rows: set[int]
     written: dict[Slot, int] = field(default_factory=dict)
+    drafted: list[Slot] = field(default_factory=list)
+    """Written by the draft layer."""
 
 
 class ModelWorker:
@@ -58,6 +72,7 @@ class ModelWorker:
         self.seqs: dict[int, Seq] = {}
         self.kv: dict[Slot, int] = {}
         self.known: dict[Slot, int] = {}
+        self.draft_kv: dict[Slot, int] = {}
 
     def slot(self, seq: Seq, position: int) -> Slot:
         index, offset = divmod(position, self.block_size)
@@ -75,7 +90,16 @@ class ModelWorker:
             seq.fingerprints.append(fingerprint(seq, position, salt))
             found = self.known.get(self.slot(seq, position))
             assert found == seq.fingerprints[-1], f"{position=} of {join} is not in the cache"
+            self._check_draft_kv(seq, position)
         self.seqs[join.row] = seq
+
+    def _check_draft_kv(self, seq: Seq, position: int) -> None:
+        """At the end of a block the token after it may be another request's."""
+        slot = self.slot(seq, position)
+        found = self.draft_kv[slot]
+        if slot[1] < self.block_size - 1:
+            assert found == hash((seq.fingerprints[position], seq.tokens[position + 1]))
+        assert found != POISON, f"{position=} of the draft layer is not in the cache"
 
     def compute(self, row: int, start: int, length: int, salt: bytes) -> dict[Slot, int]:
         seq = self.seqs[row]
@@ -90,6 +114,41 @@ class ModelWorker:
             assert self.kv[self.slot(seq, position)] == expected, f"{row=} {position=} overwritten"
         return written
 
+    def verify(
+        self, row: int, num_drafts: int, targets: list[int], salt: bytes
+    ) -> tuple[list[int], dict[Slot, int]]:
+        """The row's new tokens, of those that the model chooses one after the other, and what was
+        written: behind the accepted ones, POISON."""
+        seq = self.seqs[row]
+        start = len(seq.tokens) - 1
+        drafts = seq.drafts[:num_drafts]
+        assert len(drafts) == num_drafts, f"{row=} has only {len(drafts)} drafts"
+        num_accepted = 0
+        while num_accepted < num_drafts and drafts[num_accepted] == targets[num_accepted]:
+            num_accepted += 1
+        token_ids = targets[: num_accepted + 1]
+        seq.tokens += token_ids
+        written = self.compute(row, start, num_accepted + 1, salt)
+        for position in range(start + num_accepted + 1, start + num_drafts + 1):
+            written[self.slot(seq, position)] = POISON
+        self.kv.update(written)
+        return token_ids, written
+
+    def draft(self, row: int, start: int, num_drafts: int, drafts: list[int]) -> list[Slot]:
+        """The draft layer computes what it has not computed since `start`, then guesses. Returns
+        the slots that it wrote."""
+        seq = self.seqs[row]
+        num_computed = len(seq.fingerprints)
+        written = []
+        for position in range(start, num_computed + max(num_drafts - 1, 0)):
+            written.append(self.slot(seq, position))
+            successor = seq.tokens[position + 1] if position + 1 < len(seq.tokens) else UNKNOWN
+            is_guess = position >= num_computed
+            value = POISON if is_guess else hash((seq.fingerprints[position], successor))
+            self.draft_kv[written[-1]] = value
+        seq.drafts = drafts[:num_drafts]
+        return written
+
 
 def fingerprint(seq: Seq, position: int, salt: bytes) -> int:
     before = seq.fingerprints[position - 1] if position else hash(salt)
@@ -99,9 +158,15 @@ def fingerprint(seq: Seq, position: int, salt: bytes) -> int:
 class Harness:
     """Drives one scheduler and one model worker, and checks everything after every call."""
 
-    def __init__(self, scheduler: Scheduler, rng: random.Random) -> None:
+    def __init__(self, scheduler: Scheduler, rng: random.Random, acceptance: float = 0.5) -> None:
         self.scheduler = scheduler
         self.rng = rng
+        self.acceptance = acceptance
+        """Share of the drafts that are right."""
+        self.seed = rng.getrandbits(32)
+        num_nextn, depth = scheduler.num_nextn, scheduler.pipeline_depth
+        self.overrun = depth * num_nextn + max(num_nextn - 1, 0)
+        self.max_position = scheduler.max_seq_len + (depth + 1) * (num_nextn + 1)
         self.live: dict[str, Request] = {}
         self.ended: dict[str, FinishReason] = {}
         self.outputs: dict[str, list[int]] = {}
@@ -128,7 +193,7 @@ class Harness:
             self.scheduler.add(request)
         except Refused:
             return False
-        limit = min(self.scheduler.max_seq_len, self.capacity)
+        limit = min(self.scheduler.max_seq_len, self.capacity - self.overrun)
         assert request.max_tokens == min(asked, limit - len(request.prompt_ids))
         self.live[request.request_id] = request
         self.outputs[request.request_id] = []
@@ -141,6 +206,20 @@ class Harness:
     @property
     def capacity(self) -> int:
         return (self.scheduler.num_blocks - 1) * self.scheduler.block_size
+
+    def targets(self, request: Request, start: int, count: int) -> list[int]:
+        """The tokens `start` to `start + count - 1` that the model chooses for the request."""
+        number = zlib.crc32(request.request_id.encode())
+        return [TOKENS[hash((self.seed, number, i)) % 11] for i in range(start, start + count)]
+
+    def drafts(self, request: Request, start: int, count: int) -> list[int]:
+        """Guesses of them."""
+        targets = self.targets(request, start, count)
+        chances = [hash((self.seed, start, i)) % 1000 / 1000 for i in range(count)]
+        return [
+            target if chance < self.acceptance else (target + 1) % (STOP_TOKEN + 1)
+            for target, chance in zip(targets, chances, strict=True)
+        ]
 
     def abort(self, request_id: str) -> None:
         self._ended_by(request_id, self.scheduler.abort(request_id), FinishReason.ABORT)
@@ -177,7 +256,9 @@ class Harness:
         self.ended[request_id] = event.finish
         del self.live[request_id]
         assert event.request.phase is Phase.FINISHED
-        assert event.request.output_ids == self.outputs[request_id]
+        outputs = self.outputs[request_id]
+        assert event.request.output_ids == outputs
+        assert outputs == self.targets(event.request, 0, len(outputs)), "tokens in another order"
 
     # ---- what the engine does ----
 
@@ -185,11 +266,14 @@ class Harness:
         preemptions = {id(r): r.num_preemptions for r in self.live.values()}
         step = self.scheduler.schedule()
         preempted = [r for r in self.live.values() if r.num_preemptions > preemptions[id(r)]]
+        assert not preempted or step is None or not step.num_drafts, "preempted for drafts"
         seq = self.scheduler._planned + (step is None)
         for request in preempted:
-            assert seq > self.last_join + self.scheduler.block_size, "admission thrashes"
+            size, num_nextn = self.scheduler.block_size, self.scheduler.num_nextn
+            assert seq > self.last_join + size // (1 + num_nextn), "admission thrashes"
             # Back in the same step only if it gave up copies of blocks that others had cached.
-            assert request.row == -1 or request.num_scheduled >= self.scheduler.block_size
+            # (Or those that it held for drafts.)
+            assert request.row == -1 or request.num_scheduled >= size or num_nextn
         if step is None:
             stalled = self.live and not self.in_flight
             assert not stalled, f"nothing in flight, nothing planned: {self.live}"
@@ -202,7 +286,6 @@ class Harness:
         return True
 
     def _apply(self, step: Step, preempted: list[Request]) -> None:
-        worker = self.worker
         owners = {r.row: r for r in self.live.values() if r.row >= 0}
         decodes = list(unpack_int32(step.decodes))
         self._check_limits(step, decodes)
@@ -212,30 +295,54 @@ class Harness:
         rows = [*decodes, *(chunk.row for chunk in step.chunks)]
         flight = InFlight(step, [], [], [owners[chunk.row] for chunk in step.chunks], set(rows))
         for row in decodes:
-            start = len(worker.seqs[row].fingerprints)
-            assert start == len(worker.seqs[row].tokens) - 1
-            flight.written |= worker.compute(row, start, 1, owners[row].salt)
+            self._decode(flight, row, owners[row])
         for chunk in step.chunks:
-            salt = owners[chunk.row].salt
-            flight.written |= worker.compute(chunk.row, chunk.start, chunk.num_tokens, salt)
-            seq = worker.seqs[chunk.row]
-            is_last = len(seq.fingerprints) == len(seq.tokens)
-            assert chunk.sample == (is_last and owners[chunk.row].max_tokens > 0)
+            self._prefill(flight, chunk, owners[chunk.row])
         self._check_writes(flight, owners)
-        for row in [*decodes, *(chunk.row for chunk in step.chunks if chunk.sample)]:
-            token_id = self.rng.choices(range(STOP_TOKEN + 1), (4, 4, 2, 1))[0]
-            seq = worker.seqs[row]
-            seq.tokens.append(token_id)
-            seq.started = True
-            assert len(seq.tokens) - seq.num_prompt_tokens <= owners[row].max_tokens
-            flight.sampled.append(owners[row])
-            flight.token_ids.append(token_id)
         self.in_flight.append(flight)
+
+    def _decode(self, flight: InFlight, row: int, request: Request) -> None:
+        seq, step = self.worker.seqs[row], flight.step
+        start = len(seq.fingerprints)
+        assert start == len(seq.tokens) - 1
+        assert start + step.num_drafts < self.max_position
+        num_outputs = len(seq.tokens) - seq.num_prompt_tokens
+        targets = self.targets(request, num_outputs, step.num_drafts + 1)
+        token_ids, written = self.worker.verify(row, step.num_drafts, targets, request.salt)
+        flight.written |= written
+        self._sampled(flight, row, request, start, token_ids)
+
+    def _prefill(self, flight: InFlight, chunk: Chunk, request: Request) -> None:
+        seq = self.worker.seqs[chunk.row]
+        flight.written |= self.worker.compute(
+            chunk.row, chunk.start, chunk.num_tokens, request.salt
+        )
+        is_last = len(seq.fingerprints) == len(seq.tokens)
+        assert chunk.sample == (is_last and request.max_tokens > 0)
+        if not chunk.sample:
+            flight.drafted += self.worker.draft(chunk.row, chunk.start, 0, [])
+            return
+        token_ids = self.targets(request, len(seq.tokens) - seq.num_prompt_tokens, 1)
+        seq.tokens += token_ids
+        seq.started = True
+        self._sampled(flight, chunk.row, request, chunk.start, token_ids)
+
+    def _sampled(
+        self, flight: InFlight, row: int, request: Request, start: int, token_ids: list[int]
+    ) -> None:
+        seq, num_drafts = self.worker.seqs[row], flight.step.num_next_drafts
+        drafts = self.drafts(request, len(seq.tokens) - seq.num_prompt_tokens, num_drafts)
+        flight.drafted += self.worker.draft(row, start, num_drafts, drafts)
+        flight.sampled.append(request)
+        flight.token_ids.append(token_ids)
 
     def _check_limits(self, step: Step, decodes: list[int]) -> None:
         scheduler = self.scheduler
         assert len(self.in_flight) < scheduler.pipeline_depth
-        num_tokens = len(decodes) + sum(chunk.num_tokens for chunk in step.chunks)
+        assert 0 <= step.num_drafts <= scheduler.num_nextn
+        assert 0 <= step.num_next_drafts <= scheduler.num_nextn
+        num_tokens = len(decodes) * (1 + step.num_drafts)
+        num_tokens += sum(chunk.num_tokens for chunk in step.chunks)
         assert 1 <= num_tokens <= scheduler.max_num_tokens
         assert len(decodes) <= step.padded_size
         prefill_mode = "mixed" if decodes else "prefill"
@@ -291,18 +398,20 @@ class Harness:
             assert worker.seqs[row].block_table == request.block_ids
 
     def _check_all_decode(self, decodes: list[int], owners: dict[int, Request]) -> None:
+        """Whoever has not certainly reached its end, if each step in flight yields one token."""
+        in_flight = Counter(id(r) for flight in self.in_flight for r in flight.sampled)
         expected = {
             row
             for row, request in owners.items()
-            if (seq := self.worker.seqs[row]).started
-            and len(seq.tokens) - seq.num_prompt_tokens < request.max_tokens
+            if self.worker.seqs[row].started
+            and len(self.outputs[request.request_id]) + in_flight[id(request)] < request.max_tokens
         }
         assert expected == set(decodes), "a decoding row was left out"
 
     def _check_writes(self, flight: InFlight, owners: dict[int, Request]) -> None:
         rows = set(owners).union(flight.rows, *(other.rows for other in self.in_flight))
         users = Counter(b for row in rows for b in self.worker.seqs[row].block_table)
-        for block_id, _ in flight.written:
+        for block_id, _ in (*flight.written, *flight.drafted):
             assert users[block_id] == 1, f"{block_id=} is shared and written"
 
     def update(self) -> list[TokenEvent]:
@@ -328,11 +437,14 @@ class Harness:
         return events
 
     def _output(self, flight: InFlight) -> tuple[StepOutput, dict[int, LogprobEntry]]:
+        owners = [
+            (request, token_id)
+            for request, token_ids in zip(flight.sampled, flight.token_ids, strict=True)
+            for token_id in token_ids
+        ]
         logprobs = {
             i: LogprobEntry(token_id, -float(i), ())
-            for i, (request, token_id) in enumerate(
-                zip(flight.sampled, flight.token_ids, strict=True)
-            )
+            for i, (request, token_id) in enumerate(owners)
             if request.sampling.num_logprobs >= 0
         }
         prompt_logprobs = {}
@@ -341,26 +453,42 @@ class Harness:
             if request.sampling.num_prompt_logprobs >= 0:
                 after = request.prompt_ids[chunk.start + 1 : chunk.start + 1 + chunk.num_tokens]
                 prompt_logprobs[i] = tuple(LogprobEntry(t, -1.0, ()) for t in after)
-        step, token_ids = flight.step, pack_int32(flight.token_ids)
-        output = StepOutput(step.epoch, step.seq, token_ids, logprobs, prompt_logprobs)
+        step = flight.step
+        counts = b""
+        if step.num_drafts or (self.scheduler.num_nextn and self.rng.randrange(2)):
+            counts = pack_int32([len(token_ids) for token_ids in flight.token_ids])
+        output = StepOutput(
+            step.epoch,
+            step.seq,
+            pack_int32([token_id for _, token_id in owners]),
+            logprobs,
+            prompt_logprobs,
+            num_tokens=counts,
+        )
+        assert self.scheduler.expects(output)
         return output, logprobs
 
     def _expected(
         self, flight: InFlight, scores: dict[int, LogprobEntry]
     ) -> list[tuple[str, int, LogprobEntry | None, FinishReason | None]]:
         expected = []
-        for i, (request, token_id) in enumerate(zip(flight.sampled, flight.token_ids, strict=True)):
+        stop = 0
+        for request, token_ids in zip(flight.sampled, flight.token_ids, strict=True):
+            start, stop = stop, stop + len(token_ids)
             if request.request_id in self.ended:
                 continue
             outputs = self.outputs[request.request_id]
-            outputs.append(token_id)
-            finish = None
-            stops = token_id in request.stop_token_ids
-            if stops and len(outputs) > request.sampling.min_tokens:
-                finish = FinishReason.STOP
-            elif len(outputs) == request.max_tokens:
-                finish = FinishReason.LENGTH
-            expected.append((request.request_id, token_id, scores.get(i), finish))
+            for i, token_id in enumerate(token_ids, start=start):
+                outputs.append(token_id)
+                finish = None
+                stops = token_id in request.stop_token_ids
+                if stops and len(outputs) > request.sampling.min_tokens:
+                    finish = FinishReason.STOP
+                elif len(outputs) == request.max_tokens:
+                    finish = FinishReason.LENGTH
+                expected.append((request.request_id, token_id, scores.get(i), finish))
+                if finish is not None:
+                    break
             self._accept_digests(request)
         return expected
 

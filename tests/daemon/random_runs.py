@@ -10,13 +10,18 @@ from dsd.tests.daemon.model_worker import HASH_KEY, STOP_TOKEN, Harness
 
 def random_scheduler(rng: random.Random, cls: type[Scheduler] = Scheduler) -> Scheduler:
     """Small enough that everything runs short all the time."""
+    num_nextn = rng.choice((0, 0, 0, 1, 2, 3, 5))
+    block_size, pipeline_depth = rng.choice((1, 2, 2, 3, 4)), rng.randint(1, 3)
+    num_extra_blocks = -(-(pipeline_depth + 1) * num_nextn // block_size)
     return cls(
         max_batch_size=rng.randint(1, 6),
         max_num_tokens=rng.choice((1, 3, 5, 8, 40)),
         max_seq_len=rng.choice((8, 16, 40)),
-        num_blocks=rng.randint(3, 20),
-        block_size=rng.choice((1, 2, 2, 3, 4)),
-        pipeline_depth=rng.randint(1, 3),
+        num_blocks=rng.randint(3, 20) + num_extra_blocks,
+        block_size=block_size,
+        pipeline_depth=pipeline_depth,
+        num_nextn=num_nextn,
+        num_nextn_by_batch_size=rng.choice(((), ((2, 5), (4, 1)))),
         hash_key=HASH_KEY,
         graph_batch_sizes=rng.choice(((), (1, 2, 4))),
     )
@@ -45,7 +50,7 @@ def random_request(rng: random.Random, number: int) -> Request:
 def random_run(seed: int, cls: type[Scheduler] = Scheduler, num_actions: int = 120) -> Harness:
     """Anything may happen at any time; in the end everything ends."""
     rng = random.Random(seed)
-    harness = Harness(random_scheduler(rng, cls), rng)
+    harness = Harness(random_scheduler(rng, cls), rng, acceptance=rng.choice((0.0, 0.5, 0.9, 1.0)))
     # Some runs are crowded, some have an engine that keeps up.
     weights = rng.choice(((2, 1, 1, 8, 8, 0.05), (4, 0.1, 0.1, 8, 6, 0), (1, 0.3, 0.3, 6, 6, 0)))
     for number in range(num_actions):

@@ -34,7 +34,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def start(self, seed: int) -> None:
         rng = random.Random(seed)
         self.number = 0
-        self.harness = Harness(random_scheduler(rng), rng)
+        self.harness = Harness(random_scheduler(rng), rng, rng.choice((0.0, 0.5, 0.9, 1.0)))
 
     @rule(seed=seeds)
     def add(self, seed: int) -> None:

@@ -15,7 +15,8 @@ from dsd.tests.daemon.random_runs import random_run
 DAEMON = Path(__file__).parents[2] / "daemon"
 # In order of import, so that a module finds the mutated ones that it needs.
 MODULES = (
-    "ticks", "blocks", "waiting", "flight", "decode_set", "prefix_cache", "invariants", "scheduler",
+    "ticks", "blocks", "waiting", "prefill", "flight", "decode_set", "drafting", "results",
+    "prefix_cache", "invariants", "scheduler",
 )  # fmt: skip
 MAX_SEEDS = 400
 
@@ -30,12 +31,18 @@ class Mutant:
 
 MUTANTS = [
     Mutant("blocks_return_early", "scheduler", "if last_step > self._done:", "if False:"),
-    Mutant("late_tokens_are_kept", "scheduler", "FINISHED:\n            return", "WAITING: return"),
     Mutant(
-        "min_tokens_off_by_one", "scheduler", "num_tokens > request.sa", "num_tokens >= request.sa"
+        "late_tokens_are_kept", "results", "elif request.phase is not Phase.FINISHED and", "elif"
     ),
     Mutant(
-        "length_is_not_checked", "scheduler", "elif num_tokens == request.max_tokens", "elif False"
+        "late_drafts_are_kept", "results", "if request.phase is not Phase.FINISHED:", "if True:"
+    ),
+    Mutant("tokens_after_the_end_are_kept", "results", "                    break\n", ""),
+    Mutant(
+        "min_tokens_off_by_one", "results", "num_tokens > request.sa", "num_tokens >= request.sa"
+    ),
+    Mutant(
+        "length_is_not_checked", "results", "elif num_tokens == request.max_tokens", "elif False"
     ),
     Mutant(
         "victim_has_results_outstanding",
@@ -56,8 +63,8 @@ MUTANTS = [
     Mutant(
         "decodes_cost_no_budget",
         "scheduler",
-        "self.max_num_tokens - len(decoding)",
-        "self.max_num_tokens",
+        "self.max_num_tokens - len(decoding) *",
+        "self.max_num_tokens - 0 *",
     ),
     Mutant(
         "one_step_too_many_in_flight",
@@ -82,8 +89,8 @@ MUTANTS = [
     Mutant(
         "preempted_request_loses_its_place",
         "scheduler",
-        "        self._waiting.push(request)\n\n    def _continue",
-        "        request.arrival += 1000\n        self._waiting.push(request)\n\n    def _continue",
+        "        self._waiting.push(request)\n\n    def _plan_c",
+        "        request.arrival += 1000\n        self._waiting.push(request)\n\n    def _plan_c",
     ),
     Mutant(
         "reset_forgets_an_event",
@@ -110,14 +117,14 @@ MUTANTS = [
     Mutant(
         "block_comes_one_step_late",
         "decode_set",
-        "self._offsets[row] + 1",
-        "self._offsets[row] + 2",
+        "self._offsets[row] + 1)",
+        "self._offsets[row] + 2)",
     ),
     Mutant(
         "block_is_cached_one_step_early",
         "decode_set",
-        "(num_full + 1) * self._block_size - ",
-        "(num_full + 1) * self._block_size - 1 - ",
+        "self._done_clock) // self._block_size",
+        "self._done_clock + 1) // self._block_size",
     ),
     Mutant(
         "ended_row_still_fills_blocks",
@@ -125,7 +132,43 @@ MUTANTS = [
         "(self._grow, self._fill, self._end)",
         "(self._grow, self._end)",
     ),
-    Mutant("row_leaves_one_step_late", "decode_set", "- offset - 1", "- offset"),
+    Mutant(
+        "row_leaves_one_step_late", "decode_set", ">= request.max_tokens", "> request.max_tokens"
+    ),
+    Mutant("row_leaves_too_early", "decode_set", "+ num_in_flight >=", "+ num_in_flight + 1 >="),
+    Mutant(
+        "ended_row_is_planned_again", "decode_set", "if self._overrun else []", "if False else []"
+    ),
+    Mutant(
+        "rejected_positions_are_cached",
+        "decode_set",
+        "if self._overrun:\n                self._look_at(row)",
+        "if False:\n                self._look_at(row)",
+    ),
+    Mutant(
+        "only_accepted_drafts_get_blocks",
+        "decode_set",
+        "[row] + clock +",
+        "[row] + self._clock + 1 +",
+    ),
+    Mutant("every_draft_counts_as_accepted", "decode_set", "- 1 - known_at", "- known_at"),
+    Mutant(
+        "drafts_cost_no_budget", "scheduler", "len(decoding) * (1 + num_drafts)", "len(decoding)"
+    ),
+    Mutant(
+        "drafts_are_verified_that_nobody_made",
+        "scheduler",
+        "= self._num_next_drafts, len",
+        "= self.num_nextn, len",
+    ),
+    Mutant("draft_layer_has_no_blocks", "scheduler", "// 4 + self.lookahead", "// 4"),
+    Mutant(
+        "drafts_take_the_last_blocks",
+        "scheduler",
+        "self.block_size - self.overrun",
+        "self.block_size",
+    ),
+    Mutant("drafts_preempt", "scheduler", "if num_blocks <= self._pool.num_available:", "if True:"),
     Mutant(
         "ended_row_still_decodes",
         "decode_set",

@@ -7,9 +7,9 @@ def test_fire_takes_the_rows_of_that_tick_in_order() -> None:
     calendar = Calendar()
     for row, tick in ((3, 10), (1, 10), (2, 11)):
         calendar.arm(row, tick)
-    assert list(calendar.due(10)) == [3, 1]
-    assert calendar.fire(10) == [3, 1]
-    assert calendar.fire(10) == []
+    assert calendar.due(10, 10) == [3, 1]
+    assert calendar.fire(10, 10) == [3, 1]
+    assert calendar.fire(10, 10) == []
     assert calendar.dates() == {2: 11}
 
 
@@ -18,7 +18,7 @@ def test_disarm_leaves_nothing_behind() -> None:
     calendar.arm(1, 10)
     calendar.disarm(1)
     calendar.disarm(1)
-    assert (len(calendar), calendar.fire(10)) == (0, [])
+    assert (len(calendar), calendar.fire(10, 10)) == (0, [])
 
 
 def test_arm_twice_asserts() -> None:
