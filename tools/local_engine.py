@@ -78,6 +78,7 @@ class LocalEngine:
             block_size=ready.block_size,
             pipeline_depth=2,
             graph_batch_sizes=ready.graph_batch_sizes,
+            num_nextn=ready.num_nextn,
         )
 
     def generate(
