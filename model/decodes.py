@@ -77,7 +77,8 @@ def accept(logits: Tensor, lines: Tensor, num_decodes: int, query_len: int, rows
     rows.tokens.num_computed[row] = rows.tokens.num_tokens[row] - 1
     token_ids = torch.stack(chosen, dim=1).flatten()
     if len(lines) > num_decodes:
-        of_chunks = sampler.choose(logits[num_lines:], lines[num_decodes:], rows)
+        # A copy begins at an aligned address; for others the sampler would be compiled anew.
+        of_chunks = sampler.choose(logits[num_lines:], lines[num_decodes:].clone(), rows)
         token_ids = torch.cat((token_ids, of_chunks))
     return Sampled(logits, token_ids, num_tokens)
 

@@ -1,7 +1,9 @@
 """The MTP layer itself: its weights, its logits, its KV, and the room that it needs."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from torch import Tensor
 
 from dsd.ipc.messages import Grow, Join, Load, Sampling, pack_int32
 from dsd.kernels.sample import gumbel_noise
-from dsd.kernels.step import Inputs
+from dsd.kernels.sample_state import SamplingState
+from dsd.kernels.step import Inputs, TokenState
 from dsd.model import checkpoint, decodes, kv_cache, loader
 from dsd.model.batch import ForwardBatch
 from dsd.model.build import build
@@ -259,3 +262,35 @@ def test_drafts_follow_each_other_with_the_noise_of_their_own_positions(
             before = own
         noise = gumbel_noise(seeds, num_tokens.long() + i, runner.model.config.vocab_size)
         assert torch.equal((runner.model.logits(before) + noise).argmax(-1), drafts[:, i])
+
+
+def test_accepting_and_drafting_ask_the_host_for_nothing(monkeypatch) -> None:
+    """On meta tensors whatever needs a value raises, as it would in a captured graph. Kernels and
+    model are stood in for."""
+    with torch.device("meta"):
+        rows = SimpleNamespace(
+            null=4,
+            drafts=torch.zeros(5, 3, dtype=torch.int32),
+            tokens=TokenState(*(torch.zeros(5, dtype=torch.int32) for _ in range(4)), 8),
+            choice=meta_choice(),
+        )
+        lines = torch.zeros(4, dtype=torch.int32)
+        logits = torch.zeros(4 * 4, 50)
+        hidden = torch.zeros(4 * 4, 16)
+        monkeypatch.setattr(decodes.sampler, "choose", lambda _, left, rows: left.long())
+        monkeypatch.setattr(decodes.sample, "sample_rows", lambda _, lines, state: lines.long())
+        monkeypatch.setattr(decodes, "empty_inputs", lambda count, model: Inputs(*[lines] * 5))
+        monkeypatch.setattr(decodes, "fill_inputs", lambda *_: (lines, lines))
+        mtp = SimpleNamespace(forward=lambda hidden, *_: hidden, model=SimpleNamespace())
+        mtp.model.logits = lambda hidden: hidden
+        sampled = decodes.accept(logits, lines, 4, 4, rows)
+        last = decodes.last_accepted(sampled, 4, 4)
+        batch = ForwardBatch(Inputs(*[lines] * 5), 4, lines, lines, None, 4)
+        decodes.Drafter(mtp, rows).follow(hidden, batch, lines, last, 3, None)
+    assert sampled.token_ids.shape == (16,) and sampled.num_tokens.shape == (4,)
+    assert sampled.num_tokens.dtype == torch.int32 and last.dtype == torch.int64
+
+
+def meta_choice() -> SamplingState:
+    names = [field.name for field in fields(SamplingState)]
+    return SamplingState(**{name: torch.zeros(5, dtype=torch.int32) for name in names})
