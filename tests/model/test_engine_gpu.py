@@ -78,3 +78,14 @@ def test_answers_do_not_depend_on_the_batch(generate: Generate) -> None:
         for sampling, answers in zip(SAMPLINGS, together, strict=True):
             (alone,) = engine.generate([own], MAX_TOKENS, frozenset(), sampling)
             assert alone.token_ids == answers[i].token_ids, (i, sampling)
+
+
+@pytest.mark.parametrize("num_nextn", [1, 3])
+def test_drafts_change_no_token(generate: Generate, num_nextn: int) -> None:
+    """In graphs with padding and eagerly."""
+    plain = generate(device="cuda", cuda_graph_batch_sizes=(4, 8, 16), **EXACT)
+    for options in ({"cuda_graph_batch_sizes": (4, 8, 16)}, {"use_cuda_graph": False}):
+        drafted = generate(device="cuda", num_nextn=num_nextn, **options, **EXACT)
+        for sampling, want, got in zip(SAMPLINGS, plain, drafted, strict=True):
+            same = sum(a.token_ids == b.token_ids for a, b in zip(want, got, strict=True))
+            assert same == NUM_PROMPTS, (sampling, options)
