@@ -7,6 +7,7 @@ import os
 import re
 import tempfile
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -80,6 +81,10 @@ class EngineConfig(_Section, frozen=True):
     check_numerics: bool = False
     """Look for NaN in every layer of every step; slow."""
     fp8_gemm: Literal["auto", "triton", "torch"] = "auto"
+    num_nextn: Annotated[int, Meta(ge=0, le=5)] = 0
+    """Most tokens that the MTP layer drafts for a sequence in a step; 0: off."""
+    num_nextn_by_batch_size: tuple[tuple[Positive, NotNegative], ...] = ((8, 5), (32, 3), (256, 1))
+    """(largest number of decoding sequences, most drafts); none above the last."""
 
 
 class ParallelConfig(_Section, frozen=True):
@@ -165,6 +170,9 @@ def _check(config: Config) -> None:
     batch, tokens = config.engine.max_batch_size, config.engine.max_num_tokens
     if batch and tokens and tokens < batch:
         raise ConfigError(f"max_num_tokens {tokens} is less than max_batch_size {batch}")
+    sizes = [size for size, _ in config.engine.num_nextn_by_batch_size]
+    if any(size >= larger for size, larger in pairwise(sizes)):
+        raise ConfigError(f"num_nextn_by_batch_size: the batch sizes {sizes} do not rise")
     server = config.server
     worker_socket = runtime_dir(server) / worker_socket_name(MAX_EPOCH)
     for path in (api_socket(server), control_socket(server), worker_socket):

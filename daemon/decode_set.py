@@ -23,6 +23,7 @@ before it leaves, so near its end the slowest case is asked too: a token a step.
 """
 
 from collections.abc import Iterator
+from itertools import islice
 
 from ..ipc.messages import Grow, pack_int32
 from .blocks import BlockPool
@@ -102,7 +103,7 @@ class DecodeSet:
 
     def settle(self) -> list[Request]:
         """Those that turned out to need no step beyond the ones in flight."""
-        return self._retire(self._clock + 1, self._clock + 1) if self._overrun else []
+        return self._retire(self._clock + 1, self._clock + 1)
 
     def _retire(self, first_tick: int, last_tick: int) -> list[Request]:
         retired = []
@@ -155,15 +156,13 @@ class DecodeSet:
     def grow(self, num_drafts: int, due: dict[int, int], pool: BlockPool) -> tuple[Grow, ...]:
         """Gives the rows their blocks. The caller has made sure that there are enough."""
         grows = []
-        fresh = pool.allocate(sum(due.values()))
-        start = 0
+        fresh = iter(pool.allocate(sum(due.values())))
         for row in self._grow.fire(self._clock + 1, self._clock + 1 + num_drafts):
-            request, stop = self._active[row], start + due[row]
-            block_ids = fresh[start:stop]
+            request = self._active[row]
+            block_ids = tuple(islice(fresh, due[row]))
             request.block_ids += block_ids
             self._arm_growth(row, request)
-            grows.append(Grow(row, tuple(block_ids)))
-            start = stop
+            grows.append(Grow(row, block_ids))
         return tuple(grows)
 
     def filled(self, num_drafts: int) -> Iterator[tuple[Request, int, int]]:

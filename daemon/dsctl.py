@@ -138,6 +138,11 @@ def show(reply: dict[str, Any], console: Console) -> None:
     if kv is not None:
         table.add_row("KV cache", f"{kv['usage']:.1%} of {kv['num_blocks']} blocks held, "
                       f"{kv['cached']} cached for reuse")  # fmt: skip
+    if (mtp := reply.get("mtp")) is not None:
+        shares = ", ".join(f"{share:.0%}" for share in mtp["acceptance"])
+        table.add_row("MTP", f"{mtp['draft_length']} of {mtp['num_nextn']} drafts ({mtp['why']}), "
+                      f"{mtp['mean_accepted_length']:.2f} tokens a step; "
+                      f"accepted by position: {shares}")  # fmt: skip
     table.add_row("speed", f"{reply['tokens_per_s']} tokens/s over the last 10 s")
     console.print(table)
 

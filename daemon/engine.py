@@ -95,6 +95,7 @@ class Engine:
         """The worker's, while it lives."""
         self._pipeline_depth = 2 if config.enable_overlap_scheduler else 1
         self._pads_batches = config.cuda_graph_padding_enabled
+        self._num_nextn_by_batch_size = config.num_nextn_by_batch_size
         self._send = send
         self._hash_key = secrets.token_bytes(16)
         self._scheduler: Scheduler | None = None
@@ -249,6 +250,8 @@ class Engine:
             epoch=ready.epoch,
             hash_key=self._hash_key,
             graph_batch_sizes=ready.graph_batch_sizes if self._pads_batches else (),
+            num_nextn=ready.num_nextn,
+            num_nextn_by_batch_size=self._num_nextn_by_batch_size,
         )
 
     def _on_lost(self, lost: _WorkerLost) -> None:

@@ -23,6 +23,8 @@ def check_scheduler(scheduler: Scheduler) -> None:
     seqs = [flight.seq for flight in in_flight]
     assert seqs == list(range(scheduler._done + 1, scheduler._planned + 1))
     assert len(seqs) <= scheduler.pipeline_depth
+    assert all(0 <= flight.num_drafts <= scheduler.num_nextn for flight in in_flight)
+    assert 0 <= scheduler._num_next_drafts <= scheduler.num_nextn
 
     requests = scheduler._requests.values()
     for request in requests:
@@ -58,5 +60,16 @@ def _check_request(scheduler: Scheduler, request: Request) -> None:
         assert (request.row, request.block_ids) == (-1, [])
         return
     assert request.num_scheduled <= len(request.block_ids) * scheduler.block_size
+    _check_cached(scheduler, request)
     if phase is Phase.DRAINING:
         assert scheduler._last_step(request) > scheduler._done, f"{request!r} waits for nothing"
+
+
+def _check_cached(scheduler: Scheduler, request: Request) -> None:
+    """What others can find of the request's blocks is computed, and none of it was rejected."""
+    num_known = request.num_computed
+    if request.phase is not Phase.PREFILL:
+        num_known = max(num_known, request.num_tokens - 1)
+    hashes = scheduler._pool._hashes
+    cached = [i for i, block_id in enumerate(request.block_ids) if hashes[block_id] is not None]
+    assert (max(cached, default=-1) + 1) * scheduler.block_size <= num_known, f"{request!r}"

@@ -8,6 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from .drafting import DraftStats
 from .engine import Engine
 from .generation import Generation
 
@@ -104,3 +105,22 @@ class _EngineCollector(Collector):
         }
         for name, (value, text) in gauges.items():
             yield GaugeMetricFamily(f"dsd:{name}", text, value=value)
+        if stats.drafts is not None:
+            yield from self._drafts(stats.drafts)
+
+    def _drafts(self, drafts: DraftStats) -> Iterator[Metric]:
+        yield from self._counters(
+            spec_decode_num_drafts=drafts.num_verified[0],
+            spec_decode_num_draft_tokens=sum(drafts.num_verified),
+            spec_decode_num_accepted_tokens=sum(drafts.num_accepted),
+        )
+        by_position = CounterMetricFamily(
+            "dsd:spec_decode_num_accepted_tokens_per_pos",
+            "Accepted draft tokens by their place among the drafts",
+            labels=["position"],
+        )
+        for position, count in enumerate(drafts.num_accepted):
+            by_position.add_metric([str(position)], count)
+        yield by_position
+        yield GaugeMetricFamily("dsd:spec_decode_draft_length", "Drafts for a sequence in a step",
+                                value=drafts.length)  # fmt: skip

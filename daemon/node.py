@@ -307,6 +307,7 @@ class Node:
             kv_cache_dtype=engine.kv_cache_dtype,
             check_numerics=engine.check_numerics,
             fp8_gemm=engine.fp8_gemm,
+            num_nextn=engine.num_nextn,
         )
 
     def _on_progress(self, progress: Progress) -> None:
@@ -324,6 +325,9 @@ class Node:
         assert ready is not None
         for note in ready.notes:
             log.info(note)
+        if ready.num_nextn != (wanted := self.config.engine.num_nextn):
+            log.warning("the worker drafts another number of tokens than it was asked to",
+                        num_nextn=ready.num_nextn, wanted=wanted)  # fmt: skip
         log.info(
             "ready",
             model=self.info.name,

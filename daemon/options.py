@@ -83,6 +83,13 @@ FLAGS = (
         _choice("auto", "triton", "torch"),
         "Whose kernels for dense fp8 maps.",
     ),
+    Flag(
+        ("--mtp", "--spec-decode-nextn"),
+        "engine",
+        "num_nextn",
+        int,
+        "Tokens that the MTP layer drafts in a step, 0 to 5.",
+    ),
     Flag(("--tp-size", "--tp"), "parallel", "tp_size", int, "Tensor-parallel ranks."),
     Flag(("--ep-size", "--ep"), "parallel", "ep_size", int, "Expert-parallel ranks."),
     Flag(("--pp-size", "--pp"), "parallel", "pp_size", int, "Pipeline stages."),
@@ -119,7 +126,7 @@ YAML_SECTIONS = {
 """Keys of the guide's `--extra_llm_api_options` file, in `pytorch_backend_config` or beside it."""
 
 
-UNSUPPORTED = {"speculative_config": "multi-token prediction", "moe_backend": "a MoE back end"}
+UNSUPPORTED = {"moe_backend": "a MoE back end"}
 """Keys of the guide's file that this version knows, and refuses."""
 
 
@@ -129,7 +136,7 @@ def normalise(name: str) -> str:
 
 
 def engine_options(command: F) -> F:
-    """Adds every flag of `FLAGS` and `SWITCHES`, and the two that are not values of `Config`."""
+    """Adds every flag of `FLAGS` and `SWITCHES`, and those that are not values of `Config`."""
     for flag in reversed(FLAGS):
         command = click.option(*flag.names, flag.key, type=flag.kind, default=None, help=flag.help)(
             command
@@ -143,6 +150,12 @@ def engine_options(command: F) -> F:
         "--extra-llm-api-options",
         type=click.Path(path_type=Path),
         help="YAML file of further options, as the guide writes it.",
+    )(command)
+    command = click.option(
+        "--spec-decode-algo",
+        type=click.Choice(["MTP"]),
+        default=None,
+        help="The guide's name for --mtp; its --spec-decode-nextn says how many tokens.",
     )(command)
     return click.option(
         "--backend",
@@ -161,6 +174,8 @@ def overrides(values: dict[str, Any]) -> Overrides:
     for flag in (*FLAGS, *SWITCHES):
         if (value := values.get(flag.key)) is not None:
             result.setdefault(flag.section, {})[flag.key] = value
+    if values.get("spec_decode_algo") and "num_nextn" not in result.get("engine", {}):
+        raise ConfigError("--spec-decode-algo MTP needs --spec-decode-nextn N")
     return result
 
 
@@ -180,6 +195,9 @@ def read_yaml(path: Path) -> Overrides:
     result: Overrides = {}
     for key, value in {**fields, **inner}.items():
         section = YAML_SECTIONS.get(key)
+        if key == "speculative_config":
+            result.setdefault("engine", {})["num_nextn"] = _num_nextn(path, value)
+            continue
         if key in UNSUPPORTED:
             what = UNSUPPORTED[key]
             raise ConfigError(f"{path}: {key}: {what} is not supported by this version")
@@ -187,3 +205,15 @@ def read_yaml(path: Path) -> Overrides:
             raise ConfigError(f"{path}: unknown key {key!r}")
         result.setdefault(section, {})[key] = value
     return result
+
+
+def _num_nextn(path: Path, fields: Any) -> Any:
+    """Of the guide's `speculative_config`."""
+    names = {"decoding_type", "num_nextn_predict_layers"}
+    if not isinstance(fields, dict) or fields.keys() != names:
+        raise ConfigError(
+            f"{path}: speculative_config needs the keys {' and '.join(sorted(names))}"
+        )
+    if (algorithm := fields["decoding_type"]) != "MTP":
+        raise ConfigError(f"{path}: decoding_type is {algorithm!r}; this version knows MTP")
+    return fields["num_nextn_predict_layers"]

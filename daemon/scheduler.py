@@ -205,7 +205,8 @@ class Scheduler:
         """The next step, or None: nothing to do, enough in flight, or results must come first."""
         if len(self._in_flight) >= self.pipeline_depth or not self._requests:
             return None
-        self._drain(self._decoding.settle())
+        if self.num_nextn:
+            self._drain(self._decoding.settle())
         num_drafts = self._num_drafts()
         grows = self._grow(num_drafts)
         if grows is None:
@@ -229,7 +230,8 @@ class Scheduler:
         self._planned = seq = flight.seq
         self._in_flight.append(flight)
         self._drain(self._decoding.advance(flight.num_drafts))
-        self._num_next_drafts = self._drafts.choose(len(self._decoding))
+        if self.num_nextn:
+            self._num_next_drafts = self._drafts.choose(len(self._decoding))
         num_decoding = len(flight.decoding)
         chunks = tuple([chunk for _, chunk in flight.chunks])
         mode = "decode" if not chunks else "mixed" if num_decoding else "prefill"

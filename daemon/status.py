@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..ipc.messages import Progress
+from .drafting import DraftStats
 
 if TYPE_CHECKING:
     from .node import Node
@@ -70,7 +71,20 @@ def report(node: "Node") -> dict[str, Any]:
             "free": stats.num_free_blocks,
             "usage": round(stats.num_held_blocks / stats.num_blocks, 4),
         }
+        if stats.drafts is not None:
+            fields["mtp"] = _drafts(stats.drafts)
     return fields
+
+
+def _drafts(drafts: DraftStats) -> dict[str, Any]:
+    counts = zip(drafts.num_accepted, drafts.num_verified, strict=True)
+    return {
+        "num_nextn": drafts.num_nextn,
+        "draft_length": drafts.length,
+        "why": str(drafts.why),
+        "acceptance": [round(accepted / max(verified, 1), 4) for accepted, verified in counts],
+        "mean_accepted_length": round(drafts.mean_accepted_length, 3),
+    }
 
 
 def _requests(node: "Node") -> dict[str, Any]:

@@ -200,6 +200,8 @@ class Supervisor:
                     raise ChannelError(f"a worker without room: {message}")
                 if message.num_blocks < 2 or message.block_size < 1:
                     raise ChannelError(f"a worker without a KV cache: {message}")
+                if message.num_nextn < 0:
+                    raise ChannelError(f"a worker with {message.num_nextn} drafts")
                 engine.worker_ready(message)
             case Failed():
                 if message.user_error:

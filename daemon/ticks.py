@@ -34,15 +34,15 @@ class Calendar:
 
     def due(self, first: int, last: int) -> list[int]:
         """The rows armed for the ticks `first` to `last`; they stay armed."""
-        rows: list[int] = []
-        for tick in range(first, last + 1):
+        rows = [*self._rows.get(first, ())]
+        for tick in range(first + 1, last + 1):
             rows += self._rows.get(tick, ())
         return rows
 
     def fire(self, first: int, last: int) -> list[int]:
         """Takes the rows armed for the ticks `first` to `last` off the calendar."""
-        rows: list[int] = []
-        for tick in range(first, last + 1):
+        rows = [*self._rows.pop(first, ())]
+        for tick in range(first + 1, last + 1):
             rows += self._rows.pop(tick, ())
         for row in rows:
             del self._ticks[row]

@@ -43,6 +43,10 @@ VOCAB_SIZE = 512
 FIRST_TOKEN, NUM_TOKENS = 100, 200
 """Sampled tokens are in this range: text for the small tokenizer, never an end token."""
 PROGRESS_INTERVAL_S = 0.05
+POISON = -1
+"""In place of the fingerprint of a rejected draft."""
+NUM_STEPS_AHEAD = 3
+"""A row may run past the longest sequence by the tokens of so many steps."""
 
 
 class Options(msgspec.Struct, forbid_unknown_fields=True):
@@ -65,6 +69,8 @@ class Options(msgspec.Struct, forbid_unknown_fields=True):
     """Sends, in place of the answer, bytes that are no message."""
     deaf: bool = False
     """Answers no step."""
+    draft_acceptance: int = 60
+    """Percent of the drafts that are right."""
 
 
 class Breach(Exception):
@@ -99,6 +105,7 @@ class Row:
     num_prompt_logprobs: int
     prefixes: list[int] = field(default_factory=list)
     """Fingerprint of tokens[: i + 1] for each computed i."""
+    drafts: list[int] = field(default_factory=list)
 
 
 class FakeModel:
@@ -111,6 +118,9 @@ class FakeModel:
         self.rows: dict[int, Row] = {}
         self.kv: dict[tuple[int, int], int] = {}
         self.seq = 0
+        self.num_nextn = load.num_nextn
+        self.num_next_drafts = 0
+        """Of the step before."""
 
     def run(self, step: Step) -> StepOutput:
         require(step.epoch == self.epoch, f"epoch {step.epoch}, not {self.epoch}")
@@ -123,26 +133,42 @@ class FakeModel:
             self._add_blocks(self.rows[grow.row], grow.block_ids)
         decodes = list(unpack_int32(step.decodes))
         self._check_shape(step, decodes)
-        sampled = [self._decode(row) for row in decodes]
+        sampled = [(row, self._decode(row, step.num_drafts)) for row in decodes]
         prompt_logprobs = {}
         for index, chunk in enumerate(step.chunks):
             entries = self._prefill(chunk)
             if entries:
                 prompt_logprobs[index] = entries
-        sampled += [chunk.row for chunk in step.chunks if chunk.sample]
-        tokens = [self._sample(row) for row in sampled]
+        sampled += [(chunk.row, self._sample(chunk.row)) for chunk in step.chunks if chunk.sample]
+        self.num_next_drafts = step.num_next_drafts
+        for row, _ in sampled:
+            self._draft(row)
+        tokens = [(row, token) for row, new_tokens in sampled for token in new_tokens]
         logprobs = {
             index: self._entry(token, self.rows[row].num_logprobs)
-            for index, (row, token) in enumerate(zip(sampled, tokens, strict=True))
+            for index, (row, token) in enumerate(tokens)
             if self.rows[row].num_logprobs >= 0
         }
-        return StepOutput(step.epoch, step.seq, pack_int32(tokens), logprobs, prompt_logprobs, 1)
+        counts = pack_int32(len(new_tokens) for _, new_tokens in sampled)
+        return StepOutput(
+            step.epoch,
+            step.seq,
+            pack_int32(token for _, token in tokens),
+            logprobs,
+            prompt_logprobs,
+            compute_us=1,
+            num_tokens=counts if step.num_drafts else b"",
+        )
 
     def _check_shape(self, step: Step, decodes: list[int]) -> None:
         chunk_rows = [chunk.row for chunk in step.chunks]
         require(decodes or chunk_rows, f"step {step.seq} is empty")
         require(len({*decodes, *chunk_rows}) == len(decodes) + len(chunk_rows), "a row twice")
-        num_tokens = len(decodes) + sum(chunk.num_tokens for chunk in step.chunks)
+        num_drafts = step.num_drafts
+        require(0 <= num_drafts <= self.num_next_drafts, f"{num_drafts} drafts that nobody made")
+        require(0 <= step.num_next_drafts <= self.num_nextn, f"{step.num_next_drafts} drafts")
+        num_tokens = len(decodes) * (1 + num_drafts)
+        num_tokens += sum(chunk.num_tokens for chunk in step.chunks)
         require(num_tokens <= self.options.max_num_tokens, f"{num_tokens} tokens in one step")
         mode = "decode" if not chunk_rows else "mixed" if decodes else "prefill"
         require(step.mode == mode, f"mode {step.mode} of a {mode} step")
@@ -192,12 +218,36 @@ class FakeModel:
         row.num_computed = start + num_tokens
         self._check_kv(row)
 
-    def _decode(self, index: int) -> int:
+    def _decode(self, index: int, num_drafts: int) -> list[int]:
+        """The row's new tokens: its drafts up to the first wrong one, and the right one there."""
         require(index in self.rows, f"decode of row {index}, which never joined")
         row = self.rows[index]
-        require(row.num_computed == len(row.tokens) - 1, f"row {index} decodes during prefill")
-        self._compute(row, row.num_computed, 1)
-        return index
+        start = row.num_computed
+        require(start == len(row.tokens) - 1, f"row {index} decodes during prefill")
+        room = self.options.max_seq_len + NUM_STEPS_AHEAD * (1 + self.num_nextn)
+        require(start + num_drafts < room, f"row {index} is at position {start}")
+        new_tokens: list[int] = []
+        for draft in [*row.drafts[:num_drafts], -1]:
+            new_tokens += self._sample(index)
+            if draft != new_tokens[-1]:
+                break
+        self._compute(row, start, len(new_tokens))
+        for position in range(start + len(new_tokens), start + num_drafts + 1):
+            self.kv[self._slot(row, position)] = POISON
+        return new_tokens
+
+    def _draft(self, index: int) -> None:
+        row = self.rows[index]
+        tokens = list(row.tokens)
+        row.drafts = []
+        for _ in range(self.num_next_drafts):
+            position = len(tokens) - 1
+            tokens.append(next_token(tokens[-1], position))
+            is_right = position * 7 % 100 < self.options.draft_acceptance
+            row.drafts.append(tokens[-1] if is_right else FIRST_TOKEN - 1)
+        if self.num_next_drafts > 1:
+            # Up to there the draft layer writes its own KV.
+            self._slot(row, len(row.tokens) + self.num_next_drafts - 3)
 
     def _prefill(self, chunk: Chunk) -> tuple[LogprobEntry, ...]:
         require(chunk.row in self.rows, f"chunk of row {chunk.row}, which never joined")
@@ -212,10 +262,10 @@ class FakeModel:
         scored = row.tokens[chunk.start + 1 : min(end + 1, row.num_prompt_tokens)]
         return tuple(self._entry(token, row.num_prompt_logprobs) for token in scored)
 
-    def _sample(self, index: int) -> int:
+    def _sample(self, index: int) -> list[int]:
         row = self.rows[index]
         row.tokens.append(next_token(row.tokens[-1], len(row.tokens) - 1))
-        return row.tokens[-1]
+        return row.tokens[-1:]
 
     def _entry(self, token: int, num_top: int) -> LogprobEntry:
         top = tuple(((token + i) % VOCAB_SIZE, -0.5 - i) for i in range(num_top))
@@ -269,6 +319,7 @@ class FakeWorker:
                 num_parameters=0,
                 weight_bytes=0,
                 notes=("this worker computes nothing",),
+                num_nextn=load.num_nextn,
             )
         )
         options.max_batch_size = load.max_batch_size or options.max_batch_size

@@ -21,7 +21,7 @@ def random_scheduler(rng: random.Random, cls: type[Scheduler] = Scheduler) -> Sc
         block_size=block_size,
         pipeline_depth=pipeline_depth,
         num_nextn=num_nextn,
-        num_nextn_by_batch_size=rng.choice(((), ((2, 5), (4, 1)))),
+        num_nextn_by_batch_size=rng.choice(((), ((1, 5), (2, 2)))),
         hash_key=HASH_KEY,
         graph_batch_sizes=rng.choice(((), (1, 2, 4))),
     )

@@ -134,6 +134,30 @@ def test_flag_goes_over_yaml_which_goes_over_the_file(
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [("--mtp", "3"), ("--spec_decode_algo", "MTP", "--spec_decode_nextn", "3"), ()],
+)
+def test_mtp_has_our_flag_the_guides_and_its_yaml(
+    configured, small_checkpoint, tmp_path, arguments
+) -> None:
+    if not arguments:
+        path = tmp_path / "extra.yml"
+        path.write_text(
+            "speculative_config:\n    decoding_type: MTP\n    num_nextn_predict_layers: 3\n"
+        )
+        arguments = ("--extra_llm_api_options", str(path))
+    assert configured(str(small_checkpoint), *arguments).engine.num_nextn == 3
+
+
+def test_mtp_table_whose_sizes_do_not_rise_is_refused(small_checkpoint, no_node, tmp_path) -> None:
+    path = tmp_path / "dsd.toml"
+    path.write_text("[engine]\nnum_nextn_by_batch_size = [[8, 3], [8, 1]]\n")
+    result = CliRunner().invoke(cli.main, ["serve", str(small_checkpoint), "--config", str(path)])
+    assert result.exit_code == 2, result.output
+    assert "[8, 8] do not rise" in result.output
+
+
+@pytest.mark.parametrize(
     ("text", "piece"),
     [
         ("speculation: true\n", "unknown key 'speculation'"),
@@ -145,6 +169,10 @@ def test_flag_goes_over_yaml_which_goes_over_the_file(
         ("use_cuda_graph: perhaps\n", "use_cuda_graph"),
         ("cuda_graph_batch_sizes: [0]\n", "cuda_graph_batch_sizes"),
         ("5: 1\n", "unknown key 5"),
+        ("speculative_config: MTP\n", "needs the keys"),
+        ("speculative_config:\n  decoding_type: MTP\n", "num_nextn_predict_layers"),
+        ("speculative_config: {decoding_type: Eagle, num_nextn_predict_layers: 1}\n", "'Eagle'"),
+        ("speculative_config: {decoding_type: MTP, num_nextn_predict_layers: 6}\n", "<= 5"),
     ],
 )
 def test_bad_yaml_is_one_sentence_and_status_2(
@@ -168,6 +196,10 @@ def test_bad_yaml_is_one_sentence_and_status_2(
         (["--port", "-1"], ">= 0"),
         (["--dtype", "int4"], "int4"),
         (["--block-size", "17"], "17"),
+        (["--mtp", "6"], "<= 5"),
+        (["--mtp", "-1"], ">= 0"),
+        (["--spec_decode_algo", "MTP"], "needs --spec-decode-nextn"),
+        (["--spec_decode_algo", "Medusa"], "Medusa"),
         (["--tp", "2"], "tp_size is 2"),
         (["--ep", "2"], "ep_size is 2"),
         (["--pp", "2"], "pp_size is 2"),

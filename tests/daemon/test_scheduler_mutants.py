@@ -137,7 +137,7 @@ MUTANTS = [
     ),
     Mutant("row_leaves_too_early", "decode_set", "+ num_in_flight >=", "+ num_in_flight + 1 >="),
     Mutant(
-        "ended_row_is_planned_again", "decode_set", "if self._overrun else []", "if False else []"
+        "ended_row_is_planned_again", "scheduler", "self._drain(self._decoding.settle())", "pass"
     ),
     Mutant(
         "rejected_positions_are_cached",
