@@ -103,8 +103,8 @@ def _set_up_on_gpu(
     graph_bytes = memory.peak_of(device, rehearsal.largest_decode) if sizes else 0
     drafts = graphs.drafts_of(load.num_nextn)
     num_graphs = len(sizes) * len(drafts)
-    passes = len(model.layers) + load.num_nextn  # of the MTP layer, one for each draft
-    graph_bytes += num_graphs * passes * memory.GRAPH_BYTES_PER_LAYER
+    passes = sum(len(model.layers) + num_drafts for _, num_drafts in drafts)
+    graph_bytes += len(sizes) * passes * memory.GRAPH_BYTES_PER_LAYER
     budget = int(load.kv_cache_gb * 1e9) or memory.kv_budget(
         device, pass_bytes + graph_bytes, load.kv_cache_free_gpu_memory_fraction
     )

@@ -68,8 +68,9 @@ class DecodeGraphs:
 
 
 def drafts_of(num_nextn: int) -> list[Drafts]:
-    """What steps may ask for: drafting goes on, is off, begins, ends."""
-    return sorted({(i, j) for i in (0, num_nextn) for j in (0, num_nextn)}, reverse=True)
+    """What steps ask for again and again: any length that stays. The one step between two lengths
+    runs eagerly."""
+    return [(length, length) for length in range(num_nextn, -1, -1)]
 
 
 def default_sizes(max_batch_size: int) -> list[int]:

@@ -6,7 +6,7 @@ The null row's block table is the null block throughout: what these passes compu
 
 from collections.abc import Callable
 
-from ..ipc.messages import Chunk, Sampling, Step
+from ..ipc.messages import Chunk, Sampling, Step, pack_int32
 from ..kernels import gemm
 from ..kernels.compat import num_sms
 from .chunks import CONTEXT_TOKENS
@@ -31,7 +31,8 @@ class Rehearsal:
 
     def largest_passes(self) -> None:
         """What takes the most memory: a prompt as long as a step allows, behind a cached prefix,
-        with log-probabilities; and as many prompts as there are rows."""
+        with log-probabilities; as many prompts as there are rows; and as many decodes with drafts,
+        which have logits for each draft."""
         rows = self._runner.rows
         rows.sampling[rows.null] = Sampling(num_prompt_logprobs=MAX_LOGPROBS, num_logprobs=0)
         rows.num_prompt_tokens[rows.null] = self._max_seq_len
@@ -42,6 +43,11 @@ class Rehearsal:
         rows.sampling[rows.null] = Sampling()
         each = max(1, min(self._max_num_tokens // rows.null, self._max_seq_len))
         self._pass([(0, each)] * min(rows.null, self._max_num_tokens // each))
+        if rows.num_nextn:
+            query_len = rows.num_nextn + 1
+            num_decodes = min(rows.null, (self._max_num_tokens - 1) // query_len)
+            rest = min(self._max_num_tokens - num_decodes * query_len, self._longest)
+            self._pass([(0, rest)], num_decodes)
         rows.reset_null()
 
     def largest_decode(self) -> None:
@@ -70,10 +76,13 @@ class Rehearsal:
         rows.sampling[rows.null] = Sampling()
         rows.reset_null()
 
-    def _pass(self, parts: list[tuple[int, int]]) -> None:
-        """Chunks of the null row: (first position, number of tokens) of each."""
+    def _pass(self, parts: list[tuple[int, int]], num_decodes: int = 0) -> None:
+        """Chunks of the null row: (first position, number of tokens) of each; beside decodes of it
+        with all their drafts."""
         null = self._runner.rows.null
         chunks = tuple(Chunk(null, start, count, True) for start, count in parts)
         num_nextn = self._runner.rows.num_nextn
-        step = Step(0, 0, "prefill", 0, (), (), b"", chunks, num_next_drafts=num_nextn)
+        mode, decodes = "mixed" if num_decodes else "prefill", pack_int32([null] * num_decodes)
+        num_drafts = num_nextn if num_decodes else 0
+        step = Step(0, 0, mode, 0, (), (), decodes, chunks, num_drafts, num_nextn)
         self._runner.run(step)

@@ -18,8 +18,10 @@ from dsd.model import checkpoint, decodes, kv_cache, loader
 from dsd.model.batch import ForwardBatch
 from dsd.model.build import build
 from dsd.model.config import CheckpointError, ModelConfig
+from dsd.model.graphs import drafts_of
 from dsd.model.kv_cache import KVCache
 from dsd.model.parallel import Layout
+from dsd.model.rehearsal import Rehearsal
 from dsd.model.rows import Delta, Rows
 from dsd.tests.model.mtp_kit import add_mtp_layer
 from dsd.tools.hand_driver import HandDriver
@@ -294,3 +296,42 @@ def test_accepting_and_drafting_ask_the_host_for_nothing(monkeypatch) -> None:
 def meta_choice() -> SamplingState:
     names = [field.name for field in fields(SamplingState)]
     return SamplingState(**{name: torch.zeros(5, dtype=torch.int32) for name in names})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_num_tokens", [16, 64])
+def test_rehearsal_with_drafts_changes_no_row_and_no_block_but_the_null_ones(
+    mtp_dir, max_num_tokens: int
+) -> None:
+    runner = built(load_of(mtp_dir, 2))[0]
+    rows, delta = runner.rows, Delta()
+    rows.join(delta, Join(0, pack_int32([5, 6, 7]), 3, 0, (1,), GREEDY))
+    delta.send(rows.words)
+    rows.drafts[0] = torch.tensor([8, 9])
+    for layer in runner.cache.layers:
+        layer.fill_(float("nan"))
+    before, seen = rows.words.clone(), []
+    logits = runner.model.logits
+
+    def noted(hidden: Tensor) -> Tensor:
+        seen.append(len(hidden))
+        return logits(hidden)
+
+    runner.model.logits = noted
+    rehearsal = Rehearsal(runner, max_num_tokens, 64)
+    rehearsal.all_sizes(lambda done, total: None)
+    rehearsal.largest_passes()
+    rehearsal.largest_decode()
+    assert 4 * 3 + 1 in seen, "four decodes with two drafts, and a chunk"
+    rows.reset_null()
+    for own in (rows.tokens.token_ids[rows.null], rows.drafts[rows.null]):
+        start = own.storage_offset()
+        before[start : start + len(own)] = own
+    assert torch.equal(rows.words, before)
+    for layer in runner.cache.layers:
+        assert torch.isnan(layer[1:]).all(), "only the null block may be written"
+
+
+def test_graphs_are_captured_for_every_length_of_drafts() -> None:
+    assert drafts_of(0) == [(0, 0)]
+    assert drafts_of(2) == [(2, 2), (1, 1), (0, 0)]
