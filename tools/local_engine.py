@@ -81,6 +81,7 @@ class LocalEngine:
             pipeline_depth=2,
             graph_batch_sizes=ready.graph_batch_sizes,
             num_host_blocks=ready.num_host_blocks,
+            num_nextn=ready.num_nextn,
         )
 
     def generate(

@@ -102,3 +102,14 @@ def test_prefixes_from_host_memory_give_the_tokens_of_a_large_cache() -> None:
     answers = small.generate(prompts, MAX_TOKENS, frozenset())
     assert answers == large.generate(prompts, MAX_TOKENS, frozenset())
     assert num_restored > 20
+
+
+@pytest.mark.parametrize("num_nextn", [1, 3])
+def test_drafts_change_no_token(generate: Generate, num_nextn: int) -> None:
+    """In graphs with padding and eagerly."""
+    plain = generate(device="cuda", cuda_graph_batch_sizes=(4, 8, 16), **EXACT)
+    for options in ({"cuda_graph_batch_sizes": (4, 8, 16)}, {"use_cuda_graph": False}):
+        drafted = generate(device="cuda", num_nextn=num_nextn, **options, **EXACT)
+        for sampling, want, got in zip(SAMPLINGS, plain, drafted, strict=True):
+            same = sum(a.token_ids == b.token_ids for a, b in zip(want, got, strict=True))
+            assert same == NUM_PROMPTS, (sampling, options)
