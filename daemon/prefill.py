@@ -66,7 +66,7 @@ class Room:
 
     def take(self, start: int, length: int) -> None:
         self.num_tokens -= length
-        self.work -= self._cost(start, length)
+        self.work = max(self.work - self._cost(start, length), 0.0)
 
     def size(self, start: int, length: int) -> int:
         """0: it fits; 1: into two of these; 2: into four; 3: into eight; ..."""
