@@ -19,7 +19,7 @@ there is room beside it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from math import ceil, sqrt
 
@@ -108,7 +108,7 @@ class PrefillPlan:
         self.joins: list[Join] = []
         self._prefilling = prefilling
         self._waiting = waiting
-        self._whole = replace(room)
+        self._whole = Room(room.num_tokens, room.work, room.context_weight)
         self._room = room
         self._prefix_cache = prefix_cache
         self._block_size = block_size
