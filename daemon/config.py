@@ -68,6 +68,8 @@ class EngineConfig(_Section, frozen=True):
 
     max_batch_size: NotNegative = 0
     max_num_tokens: NotNegative = 0
+    max_itl_ms: Annotated[float, Meta(ge=0.0, le=60000.0)] = 0.0
+    """Goal for the time between two tokens of a sequence while prompts are computed; 0: none."""
     block_size: Literal[16, 32, 64, 128] = 64
     kv_cache_gb: Annotated[float, Meta(ge=0.0, le=1e6)] = 0.0
     kv_cache_free_gpu_memory_fraction: Fraction = 0.9
@@ -118,6 +120,7 @@ RELOADABLE = {
     ("server", "served_model_name"),
     ("server", "max_queued_requests"),
     ("server", "drain_timeout_s"),
+    ("engine", "max_itl_ms"),
     ("engine", "print_iter_log"),
     ("log", "level"),
 }

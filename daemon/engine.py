@@ -21,6 +21,7 @@ import msgspec
 from ..ipc.messages import Ready, Step, StepOutput
 from . import logs
 from .config import EngineConfig
+from .pace import Pace
 from .request import FinishReason, Refused, Request, TokenEvent
 from .scheduler import Scheduler
 from .scheduler_stats import SchedulerStats
@@ -100,6 +101,7 @@ class Engine:
         self._send = send
         self._hash_key = secrets.token_bytes(16)
         self._scheduler: Scheduler | None = None
+        self._pace = Pace(0, config.max_itl_ms)
         self._streams: dict[str, TokenStream] = {}
         self._mail: deque[_Mail] = deque()
         self._wake = asyncio.Event()
@@ -110,8 +112,7 @@ class Engine:
         self._is_draining = False
         self._was_ready = False
         self._rates: deque[tuple[float, int]] = deque()
-        self._modes: deque[str] = deque()
-        """Of the steps in flight."""
+        self._in_flight: deque[Step] = deque()
 
     # ---- for the front ----
 
@@ -181,6 +182,17 @@ class Engine:
     def resume(self) -> None:
         self._is_draining = False
 
+    @property
+    def max_itl_ms(self) -> float:
+        """The goal for the time between two tokens of a sequence; 0: none."""
+        return self._pace.max_itl_ms
+
+    @max_itl_ms.setter
+    def max_itl_ms(self, max_itl_ms: float) -> None:
+        self._pace.max_itl_ms = max_itl_ms
+        if self._scheduler is not None:
+            self._scheduler.step_limit = self._pace.limit
+
     async def wait_ready(self) -> None:
         """Until a worker takes steps."""
         await self._has_worker.wait()
@@ -233,14 +245,15 @@ class Engine:
         if self._scheduler is None or self.ready is None:
             return
         while (step := self._scheduler.schedule()) is not None:
-            self._modes.append(step.mode)
+            self._in_flight.append(step)
             await self._send(step)
 
     def _on_ready(self, ready: Ready) -> None:
         self.ready = ready
         self._was_ready = True
         self._has_worker.set()
-        self._modes.clear()
+        self._in_flight.clear()
+        self._pace = Pace(ready.max_num_tokens, self._pace.max_itl_ms)
         self._scheduler = Scheduler(
             max_batch_size=ready.max_batch_size,
             max_num_tokens=ready.max_num_tokens,
@@ -255,6 +268,7 @@ class Engine:
             num_nextn=ready.num_nextn,
             num_nextn_by_batch_size=self._num_nextn_by_batch_size,
         )
+        self._scheduler.step_limit = self._pace.limit
 
     def _on_lost(self, lost: _WorkerLost) -> None:
         self.ready = None
@@ -313,7 +327,10 @@ class Engine:
         if not self._scheduler.expects(output):
             self._broken.set()
             return
-        mode = self._modes.popleft()
+        step = self._in_flight.popleft()
+        if step.chunks:
+            self._pace.observe(step, output)
+            self._scheduler.step_limit = self._pace.limit
         events = self._scheduler.update(output)
         num_tokens = sum(event.token_id >= 0 for event in events)
         self.counters.steps += 1
@@ -327,8 +344,9 @@ class Engine:
             log.info(
                 "step",
                 seq=output.seq,
-                mode=mode,
+                mode=step.mode,
                 num_tokens=num_tokens,
+                num_prompt_tokens=sum(chunk.num_tokens for chunk in step.chunks),
                 compute_us=output.compute_us,
                 idle_us=output.idle_us,
                 num_running=stats.num_running,

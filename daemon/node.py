@@ -409,5 +409,6 @@ class Node:
         self.info.rename(self.config.server.served_model_name)
         self.engine.max_queued_requests = self.config.server.max_queued_requests
         self.engine.print_iter_log = self.config.engine.print_iter_log
+        self.engine.max_itl_ms = self.config.engine.max_itl_ms
         logs.configure(self.config.log)
         self._say_serving()

@@ -60,6 +60,7 @@ FLAGS = (
     Flag(("--max-seq-len",), "model", "max_seq_len", int, "Longest prompt and answer together."),
     Flag(("--max-batch-size",), "engine", "max_batch_size", int, "Sequences that run at once."),
     Flag(("--max-num-tokens",), "engine", "max_num_tokens", int, "Tokens in one step."),
+    Flag(("--max-itl-ms",), "engine", "max_itl_ms", float, "Goal for inter-token latency, ms."),
     Flag(("--block-size",), "engine", "block_size", int, "Tokens in a KV block."),
     Flag(("--kv-cache-gb",), "engine", "kv_cache_gb", float, "Size of the KV cache, GB."),
     Flag(

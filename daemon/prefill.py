@@ -19,7 +19,7 @@ there is room beside it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from math import ceil, sqrt
 
@@ -66,7 +66,7 @@ class Room:
 
     def take(self, start: int, length: int) -> None:
         self.num_tokens -= length
-        self.work -= self._cost(start, length)
+        self.work = max(self.work - self._cost(start, length), 0.0)
 
     def size(self, start: int, length: int) -> int:
         """0: it fits; 1: into two of these; 2: into four; 3: into eight; ..."""
@@ -108,7 +108,7 @@ class PrefillPlan:
         self.joins: list[Join] = []
         self._prefilling = prefilling
         self._waiting = waiting
-        self._whole = replace(room)
+        self._whole = Room(room.num_tokens, room.work, room.context_weight)
         self._room = room
         self._prefix_cache = prefix_cache
         self._block_size = block_size

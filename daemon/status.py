@@ -63,6 +63,7 @@ def report(node: "Node") -> dict[str, Any]:
             "max_batch_size": ready.max_batch_size,
             "max_num_tokens": ready.max_num_tokens,
             "max_seq_len": ready.max_seq_len,
+            "max_itl_ms": engine.max_itl_ms,
         }
     fields["ranks"] = [rank]
     if (stats := engine.stats()) is not None:

@@ -209,6 +209,8 @@ def test_bad_yaml_is_one_sentence_and_status_2(
         (["--drain-timeout-s", "nan"], "drain_timeout_s"),
         (["--drain-timeout-s", "inf"], "drain_timeout_s"),
         (["--kv-cache-gb", "nan"], "kv_cache_gb"),
+        (["--max-itl-ms", "-1"], "max_itl_ms"),
+        (["--max-itl-ms", "nan"], "max_itl_ms"),
         (["--kv-cache-gb", "inf"], "kv_cache_gb"),
         (["--kv-host-cache-gb", "-1"], "kv_host_cache_gb"),
         (["--backend", "tensorrt"], "tensorrt"),

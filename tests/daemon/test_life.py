@@ -323,12 +323,14 @@ def test_reload_applies_what_can_change_in_place(start_fake, tmp_path) -> None:
     with configured(start_fake, tmp_path, '[log]\nlevel = "info"\n') as (daemon, path):
         path.write_text(
             '[server]\nserved_model_name = ["alias"]\nmax_queued_requests = 7\n'
-            'drain_timeout_s = 5\n[log]\nlevel = "debug"\n'
+            'drain_timeout_s = 5\n[engine]\nmax_itl_ms = 30\n[log]\nlevel = "debug"\n'
         )
         done = daemon.dsctl("reload")
         assert done.returncode == 0
-        for key in ("served_model_name", "max_queued_requests", "drain_timeout_s", "log.level"):
+        keys = "served_model_name max_queued_requests drain_timeout_s max_itl_ms log.level"
+        for key in keys.split():
             assert key in done.stdout
+        assert daemon.status()["limits"]["max_itl_ms"] == 30
         assert ask(daemon, model="alias").status_code == 200
         models = httpx.get(f"{daemon.url}/v1/models").json()["data"]
         assert [model["id"] for model in models] == ["alias"]

@@ -1,6 +1,8 @@
 """How a step's room is shared between prompts, and the bounds that daemon/prefill.py states."""
 
 import math
+import random
+from collections import deque
 from collections.abc import Sequence
 
 import pytest
@@ -10,7 +12,9 @@ from hypothesis import strategies as st
 from dsd.daemon.prefill import Room, StepLimit
 from dsd.daemon.request import Phase, Request
 from dsd.daemon.scheduler import Scheduler
-from dsd.ipc.messages import Step
+from dsd.ipc.messages import Load, Step
+from dsd.tests import fake_worker
+from dsd.tests.daemon.random_runs import random_limit
 from dsd.tests.daemon.scheduler_kit import answer, make_request, make_scheduler, plan, run
 
 LONG = 100_000
@@ -56,11 +60,9 @@ def test_room_fitting_is_the_most_that_fits(
     room = Room(num_tokens, work, weight)
     length = room.fitting(start)
     assert 0 <= length <= num_tokens
-    # Rounding may cost a token where the last one fits exactly.
-    for taken, fits in ((length, True), (length + 2, False)):
-        rest = Room(num_tokens, work, weight)
-        rest.take(start, taken)
-        assert (rest.num_tokens >= 0 and rest.work >= -1e-6 * work) == fits or taken == 0
+    # A hair more or less: where the last token fits exactly, rounding decides.
+    assert Room(num_tokens, work * (1 + 1e-9), weight).holds(start, length)
+    assert not Room(num_tokens, work * (1 - 1e-9), weight).holds(start, length + 1)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +125,7 @@ def test_long_prompt_takes_at_most_twice_its_steps_under_a_flood_of_short_ones()
     long = make_request(6400)
     scheduler.add(long)
     steps = 0
-    while long.phase in (Phase.WAITING, Phase.PREFILL):
+    while long.phase in (Phase.WAITING, Phase.PREFILL) and steps <= 50:
         for _ in range(3):
             scheduler.add(make_request(100, max_tokens=1))
         answer(scheduler, plan(scheduler))
@@ -141,18 +143,18 @@ def test_middling_prompt_waits_for_short_ones_and_passes_the_long_one() -> None:
 
 
 def test_prompts_of_one_size_are_computed_in_order_of_arrival() -> None:
-    scheduler = large_scheduler()
-    requests = [make_request(n) for n in (70_000, 66_000, 100_000, 68_000)]
+    scheduler = large_scheduler(max_num_tokens=256)
+    requests = [make_request(n) for n in (7000, 6600, 8000, 6800)]
     for request in requests:
         scheduler.add(request)
     found = first_tokens(scheduler, requests)
     assert found == sorted(found)
-    assert found[0] == math.ceil(70_000 / 2048)
+    assert found[0] == math.ceil(7000 / 256)
 
 
 def test_turn_of_a_long_conversation_counts_by_what_the_cache_lacks() -> None:
     scheduler = large_scheduler()
-    first_turn = make_request(50_000, max_tokens=1)
+    first_turn = make_request(90_000, max_tokens=1)
     scheduler.add(first_turn)
     run(scheduler)
     scheduler.add(make_request(LONG))
@@ -160,13 +162,13 @@ def test_turn_of_a_long_conversation_counts_by_what_the_cache_lacks() -> None:
     turn = make_request([*first_turn.prompt_ids, *range(1, 500)])
     scheduler.add(turn)
     assert first_tokens(scheduler, [turn]) == [1]
-    assert turn.num_cached_tokens == 50_000 - 50_000 % 64
+    assert turn.num_cached_tokens == 90_000 - 90_000 % 64
 
 
 prompts = st.lists(st.sampled_from((3, 20, 31, 40, 90, 200, 640)), min_size=1, max_size=12)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(ahead=prompts, short=st.integers(1, 32))
 def test_short_prompt_starts_within_the_bound_whatever_is_before_it(
     ahead: list[int], short: int
@@ -282,8 +284,8 @@ def test_limit_never_stops_a_prompt() -> None:
 
 
 def test_limit_of_work_makes_chunks_shorter_towards_the_end_of_a_long_prompt() -> None:
-    scheduler = decoding(StepLimit(work=1001, context_weight=1 / 3000))
-    request = make_request(30_000)
+    scheduler = decoding(StepLimit(work=1001, context_weight=1 / 1000))
+    request = make_request(10_000)
     scheduler.add(request)
     chunks = []
     while request.phase in (Phase.WAITING, Phase.PREFILL):
@@ -293,8 +295,8 @@ def test_limit_of_work_makes_chunks_shorter_towards_the_end_of_a_long_prompt() -
         answer(scheduler, step)
     del chunks[-1]
     for start, length in chunks:
-        assert length * (1 + (start + length / 2) / 3000) == pytest.approx(1000, rel=0.02)
-    assert chunks[0][1] > 850
+        assert length * (1 + (start + length / 2) / 1000) == pytest.approx(1000, rel=0.02)
+    assert chunks[0][1] > 700
     assert chunks[-1][1] < 100
 
 
@@ -307,3 +309,40 @@ def test_limit_below_a_block_still_lets_short_prompts_pass() -> None:
     # Half a block of work is for those that pass; the long one moves a block at a time.
     assert first_tokens(scheduler, [short]) == [2]
     assert long.num_scheduled == 3 * 64
+
+
+# ---- nobody's tokens depend on it ----
+
+LOAD = Load(
+    epoch=0, model_dir="", device="cpu", dtype="auto", act_quant="auto", max_batch_size=6,
+    max_num_tokens=48, max_seq_len=512, block_size=4, kv_cache_gb=0.0,
+    kv_cache_free_gpu_memory_fraction=0.9,
+)  # fmt: skip
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**32))
+def test_tokens_are_the_same_whatever_the_limits(seed: int) -> None:
+    rng = random.Random(seed)
+    scheduler = make_scheduler(
+        max_batch_size=6, max_num_tokens=48, max_seq_len=512, num_blocks=121, block_size=4
+    )
+    options = fake_worker.Options(num_blocks=121, max_batch_size=6, max_num_tokens=48)
+    model = fake_worker.FakeModel(options, LOAD)
+    common = rng.choices(range(100), k=60)
+    prompts = [
+        common[: rng.choice((0, 30, 60))] + rng.choices(range(100), k=rng.choice((1, 9, 40, 150)))
+        for _ in range(12)
+    ]
+    requests = [make_request(ids, 20, priority=rng.choice((0, 0, 0, 1))) for ids in prompts]
+    to_come, in_flight = list(requests), deque[Step]()
+    while to_come or scheduler.has_work:
+        if to_come and rng.random() < 0.3:
+            scheduler.add(to_come.pop())
+        scheduler.step_limit = random_limit(rng)
+        while (step := scheduler.schedule()) is not None:
+            in_flight.append(step)
+        if in_flight:
+            scheduler.update(model.run(in_flight.popleft()))
+    for ids, request in zip(prompts, requests, strict=True):
+        assert request.output_ids == fake_worker.continuation(ids, 20)

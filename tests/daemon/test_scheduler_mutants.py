@@ -105,9 +105,6 @@ MUTANTS = [
         "request.arrival, request)",
     ),
     Mutant("passed_request_is_left_no_blocks", "scheduler", "first.num_left // ", "0 // "),
-    Mutant("passed_request_is_left_no_row", "scheduler", "_rows) > 1 else", "_rows) else"),
-    Mutant("less_urgent_prompt_passes", "prefill", "request.priority == long.priority and", ""),
-    Mutant("longer_prompt_passes", "prefill", ":= self._size(request)) < size", ":= 0) < size"),
     Mutant(
         "passing_prompts_take_all",
         "prefill",
