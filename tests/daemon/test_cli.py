@@ -272,6 +272,7 @@ def test_generate_prints_the_guides_lines_in_order_and_nothing_else(
     assert list(tmp_path.iterdir()) == [file], "generate leaves nothing behind"
 
 
+@pytest.mark.slow
 def test_generate_agrees_with_the_daemon(daemon, small_checkpoint) -> None:
     arguments = ["--prompt", "Where is New York?", "--max-tokens", "6", "--dtype", "float32"]
     result = dsd("generate", str(small_checkpoint), *arguments)

@@ -328,6 +328,7 @@ def tokens(answers: list[dict[str, Any]]) -> list[list[int]]:
 FLAGS = ("--block-size", "16", "--max-seq-len", "144", "--kv-host-cache-gb")
 
 
+@pytest.mark.slow
 def test_daemon_finds_conversations_in_host_memory_and_says_so(start_fake) -> None:
     daemon = start_fake(*FLAGS, "0.5", worker={"num_blocks": 11, "num_host_blocks": 40})
     answers = talk(daemon)

@@ -129,6 +129,7 @@ def test_livez_answers_within_a_second_while_weights_load(
     assert best <= 1.0
 
 
+@pytest.mark.slow
 def test_readyz_turns_true_only_when_a_request_is_served(start_fake) -> None:
     daemon = start_fake(wait=False, worker={"load_s": 0.6})
     seen = []
@@ -218,6 +219,7 @@ def test_runtime_dir_too_long_for_a_socket_is_one_sentence(
 # ---- drain --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sigterm_ends_streams_in_flight_whole_and_refuses_new_ones(start_fake) -> None:
     daemon = start_fake(worker={"step_s": 0.02})
     children = daemon.children()
@@ -237,6 +239,7 @@ def test_sigterm_ends_streams_in_flight_whole_and_refuses_new_ones(start_fake) -
     until(lambda: not alive(children))
 
 
+@pytest.mark.slow
 def test_drain_deadline_ends_each_stream_in_one_error(start_fake) -> None:
     daemon = start_fake("--drain-timeout-s", "0.3", worker={"step_s": 0.02})
     streams = Streams(daemon, 4, max_tokens=1000)
@@ -254,6 +257,7 @@ def test_drain_deadline_ends_each_stream_in_one_error(start_fake) -> None:
     assert time.monotonic() - start < 0.3 + 5
 
 
+@pytest.mark.slow
 def test_second_signal_does_not_wait_for_requests(start_fake) -> None:
     daemon = start_fake(worker={"step_s": 0.02})
     streams = Streams(daemon, 2, max_tokens=1000)
@@ -378,6 +382,7 @@ def test_broken_file_is_refused_with_its_line_at_start(tmp_path, small_checkpoin
     assert f"line {line}" in result.stderr or not line
 
 
+@pytest.mark.slow
 def test_broken_file_on_reload_keeps_the_old_and_loses_nothing(start_fake, tmp_path) -> None:
     with configured(start_fake, tmp_path, '[log]\nlevel = "info"\n') as (daemon, path):
         streams = Streams(daemon, 4, max_tokens=200)
@@ -492,6 +497,7 @@ def test_worker_that_cannot_load_ends_the_daemon_with_its_sentence(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_worker_that_sends_garbage_is_replaced(start_fake) -> None:
     daemon = start_fake(worker={"garbage_at_step": 5})
     answer = ask(daemon, max_tokens=20)
@@ -502,6 +508,7 @@ def test_worker_that_sends_garbage_is_replaced(start_fake) -> None:
     assert daemon.status()["rebuilds"] == 1
 
 
+@pytest.mark.slow
 def test_worker_that_dies_within_a_step_loses_only_what_ran(start_fake) -> None:
     daemon = start_fake(worker={"die_at_step": 10})
     assert ask(daemon, max_tokens=3).status_code == 200
@@ -514,6 +521,7 @@ def test_worker_that_dies_within_a_step_loses_only_what_ran(start_fake) -> None:
 # ---- the daemon dies ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_daemon_killed_leaves_no_process_and_the_next_one_starts_in_its_place(start_fake) -> None:
     daemon = start_fake(worker={"step_s": 0.5})
 

@@ -12,6 +12,7 @@ import pytest
 from dsd.daemon.scheduler import Scheduler
 from dsd.tests.daemon.random_runs import random_run
 
+pytestmark = pytest.mark.slow
 DAEMON = Path(__file__).parents[2] / "daemon"
 # In order of import, so that a module finds the mutated ones that it needs.
 MODULES = (

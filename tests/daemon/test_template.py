@@ -191,6 +191,7 @@ def test_render_endless_template_is_killed_and_the_next_renders() -> None:
     endless(asyncio.run)
 
 
+@pytest.mark.slow
 def test_render_endless_template_is_killed_under_uvloop() -> None:
     endless(uvloop.run)
 

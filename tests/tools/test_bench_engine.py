@@ -53,6 +53,7 @@ def run(*arguments: str) -> str:
     return result.output
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("slow_clock")
 def test_rows_hold_the_clocks_times_and_the_floor_of_the_share(directory: Path) -> None:
     path = directory / "found.json"
