@@ -25,7 +25,7 @@ from .host_blocks import HostBlocks
 from .kv_cache import KVCache
 from .mtp import MTP
 from .rows import Delta, Rows, Words
-from .sampler import Logprobs, to_host
+from .sampler import Logprobs, to_device, to_host
 from .timing import StepClock, StepTimes
 
 NONE = np.zeros(0, np.int32)
@@ -249,7 +249,7 @@ class Runner:
             lines += [(behind + i, num) for i, num in self._wanting(plan.sampled)]
         logprobs = None
         if sampled is not None and lines:
-            index = torch.tensor([line for line, _ in lines], device=self.device)
+            index = to_device([line for line, _ in lines], self.device)
             most = max(num for _, num in lines)
             logprobs = Logprobs.of(sampled.logits[index], sampled.token_ids[index], most)
         prompt_logprobs = {}
