@@ -345,6 +345,7 @@ class Engine:
                 "step",
                 seq=output.seq,
                 mode=step.mode,
+                num_decodes=len(step.decodes) // 4,
                 num_tokens=num_tokens,
                 num_prompt_tokens=sum(chunk.num_tokens for chunk in step.chunks),
                 compute_us=output.compute_us,

@@ -105,8 +105,9 @@ class Pace:
         self._least_per_token_us = 1.0
 
     def observe(self, step: Step, output: StepOutput) -> None:
-        """A result has come. Steps of decodes alone say nothing: they are replayed graphs."""
-        if not step.chunks or not output.compute_us:
+        """A result has come. Steps of decodes alone say nothing: they are replayed graphs. Nor do
+        those that wait for blocks from host memory."""
+        if not step.chunks or step.restores or not output.compute_us:
             return
         num_decodes = len(step.decodes) // 4 * (1 + step.num_drafts)
         num_tokens = num_decodes + sum(chunk.num_tokens for chunk in step.chunks)

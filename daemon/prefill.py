@@ -191,7 +191,7 @@ class PrefillPlan:
         if size and request.phase is Phase.WAITING:
             if request.num_found < 0 and self._may_look_up:
                 self._may_look_up = False
-                num_blocks = len(self._prefix_cache.find(request))
+                num_blocks = self._prefix_cache.num_found(request)
                 request.num_found = num_blocks * self._block_size
             start = max(request.num_found, 0)
             size = self._whole.size(start, num_left - start)

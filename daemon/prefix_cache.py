@@ -43,6 +43,14 @@ class PrefixCache:
             return found
         return found[:-1]
 
+    def num_found(self, request: Request) -> int:
+        """Blocks that the request would not compute: those that `find` finds, and those that the
+        host has behind them."""
+        found = len(self.find(request))
+        if self._host is None:
+            return found
+        return found + len(self._on_host(self._host, request, found))
+
     def _hashes(self, request: Request) -> list[bytes]:
         """Of the blocks that the request may find."""
         if request.sampling.num_prompt_logprobs >= 0:
@@ -72,10 +80,13 @@ class PrefixCache:
         return len(claimed)
 
     def _claim(self, host: HostCache, request: Request, num_found: int) -> list[bytes]:
-        hashes = self._hashes(request)[num_found:]
-        if self._has_drafts:
-            hashes = hashes[: max(host.holds(hashes) - 1, 0)]
+        hashes = self._on_host(host, request, num_found)
         return hashes[: host.claim(hashes)]
+
+    def _on_host(self, host: HostCache, request: Request, num_found: int) -> list[bytes]:
+        """Of the blocks behind the first `num_found`, those that the host gives back."""
+        hashes = self._hashes(request)[num_found:]
+        return hashes[: max(host.holds(hashes) - self._has_drafts, 0)]
 
     def store(self, request: Request, first: int, stop: int) -> None:
         """Blocks `first` to `stop - 1` of the request are computed, and their tokens accepted."""

@@ -215,7 +215,9 @@ class Scheduler:
         self._in_flight.append(flight)
         self._drain(self._decoding.advance(flight.num_drafts))
         if self.num_nextn:
-            self._num_next_drafts = self._drafts.choose(len(self._decoding))
+            # No more than can be verified, so that steps of one length follow each other.
+            wanted = self._drafts.choose(len(self._decoding))
+            self._num_next_drafts = self._within_tokens(wanted)
         num_decoding = len(flight.decoding)
         chunks = tuple([chunk for _, chunk in flight.chunks])
         mode = "decode" if not chunks else "mixed" if num_decoding else "prefill"
@@ -232,15 +234,18 @@ class Scheduler:
             self._last_steps[request.row] = self._planned
 
     def _num_drafts(self) -> int:
-        """Of the next step: what the step before makes, as far as there is room. At most half of
-        the tokens that a step has for prompts go to drafts, and nobody is preempted for them."""
-        num_drafts, num_rows = self._num_next_drafts, len(self._decoding)
-        if num_drafts and num_rows:
-            num_drafts = min(num_drafts, (self.max_num_tokens - num_rows) // (2 * num_rows))
+        """Of the next step: those that the step before makes, as far as there is room. Nobody is
+        preempted for a draft."""
+        num_drafts = self._within_tokens(self._num_next_drafts)
+        if num_drafts and len(self._decoding):
             num_blocks = sum(self._decoding.due_growth(num_drafts).values())
-            if num_blocks <= self._pool.num_available:
-                return num_drafts
+            return num_drafts if num_blocks <= self._pool.num_available else 0
         return 0
+
+    def _within_tokens(self, num_drafts: int) -> int:
+        """At most half of the tokens that a step has for prompts go to drafts."""
+        num_rows = max(len(self._decoding), 1)
+        return min(num_drafts, (self.max_num_tokens - num_rows) // (2 * num_rows))
 
     def _grow(self, num_drafts: int) -> tuple[Grow, ...] | None:
         """Blocks for the decoding rows that need some now; None: wait for results."""

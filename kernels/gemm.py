@@ -134,9 +134,11 @@ def grouped_fp8_linear(
     )
 
 
-def linear_float32(x: Tensor, w: Tensor) -> Tensor:
-    """x: [T, K] of any float dtype, w: [N, K] -> [T, N] float32. On a GPU bf16 operands are
-    multiplied as they are, exactly, and summed in float32; on a CPU in x's dtype, and widened."""
+def linear_float32(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
+    """x: [T, K] of any float dtype, w: [N, K] -> [T, N] float32, in `out` if it is given. On a GPU
+    bf16 operands are multiplied as they are, exactly, and summed in float32; on a CPU in x's dtype,
+    and widened."""
     if x.is_cuda and x.dtype == w.dtype == torch.bfloat16:
-        return torch.mm(x, w.t(), out_dtype=torch.float32)
-    return gemm_nt(x, w).float()
+        return torch.mm(x, w.t(), out_dtype=torch.float32, out=out)
+    wide = gemm_nt(x, w).float()
+    return wide if out is None else out.copy_(wide)

@@ -131,7 +131,10 @@ def count_tokens(token_ids: Tensor, num_prompt_tokens: int, counts: Tensor) -> N
     _count[grid](token_ids, counts, len(token_ids), num_prompt_tokens, BIT=IN_PROMPT, BLOCK=1024)
 
 
-@triton.jit(do_not_specialize=["length", "num_prompt"])
+@triton.jit(
+    do_not_specialize=["length", "num_prompt"],
+    do_not_specialize_on_alignment=["token_ids", "counts"],  # rows of tensors of any width
+)
 def _count(token_ids, counts, length, num_prompt, BIT: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     token = tl.load(token_ids + at, at < length, 0)

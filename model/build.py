@@ -59,7 +59,7 @@ def build(load: Load, report: Report) -> tuple[Runner, Ready]:
     arithmetic = Arithmetic(dtype, act_quant and config.fp8, config.ue8m0, load.fp8_gemm == "torch")
     longest = limits.max_seq_len + _room(load)
     model = DeepseekV3(config, weights, arithmetic, longest, numerics, layout)
-    drafts = MTP(config, weights, arithmetic, model) if mtp else None
+    drafts = MTP(config, weights, arithmetic, model, layout) if mtp else None
     num_parameters = sum(w.numel() for n, w in weights.items() if not n.endswith(".scale"))
     weight_bytes = sum(weight.nbytes for weight in weights.values())
     del weights  # the model holds what it needs
@@ -101,6 +101,7 @@ def _set_up_on_gpu(
     """Rehearses on the runner's KV cache of two blocks, takes what is left for the real one,
     captures; where that leaves too little, once more with a smaller cache."""
     device, model, started = runner.device, runner.model, time.monotonic()
+    runner.share_logits()
     rehearsal = Rehearsal(runner, limits.max_num_tokens, limits.max_seq_len)
     rehearsal.all_sizes(lambda done, total: report("compiling", done, total))
     sizes = _graph_sizes(load, limits.max_batch_size)
@@ -117,8 +118,11 @@ def _set_up_on_gpu(
     warmed = time.monotonic()
     for _ in range(2):
         runner.cache = _cache(load, model, limits, budget, device)
-        runner.graphs.capture(sizes, drafts, lambda done, total: report("capturing", done, total))
-        missing = memory.missing(device, pass_bytes + staging_bytes)
+        try:
+            runner.graphs.capture(sizes, drafts, lambda *done: report("capturing", *done))
+            missing = memory.missing(device, pass_bytes + staging_bytes)
+        except torch.OutOfMemoryError:
+            missing = pass_bytes + staging_bytes + graph_bytes
         if missing <= 0 or load.kv_cache_gb:
             break
         runner.graphs.drop()

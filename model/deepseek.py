@@ -118,6 +118,6 @@ class DeepseekV3:
             self.numerics.finish()
         return normed
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [S, hidden] -> [S, vocab_size] float32."""
-        return gemm.linear_float32(hidden, self.lm_head)
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """hidden: [S, hidden] -> [S, vocab_size] float32, in `out` if it is given."""
+        return gemm.linear_float32(hidden, self.lm_head, out)

@@ -26,6 +26,7 @@ from .config import ModelConfig
 from .deepseek import DecoderLayer, DeepseekV3
 from .kv_cache import KVCache
 from .layers import Arithmetic, Linear
+from .parallel import WHOLE, Layout
 
 
 class MTP:
@@ -37,6 +38,7 @@ class MTP:
         weights: Mapping[str, Tensor],
         arithmetic: Arithmetic,
         model: DeepseekV3,
+        layout: Layout = WHOLE,
     ) -> None:
         layer = config.num_hidden_layers
         name = f"layers.{layer}"
@@ -45,7 +47,7 @@ class MTP:
         self.enorm = weights[f"{name}.enorm"]
         self.hnorm = weights[f"{name}.hnorm"]
         self.eh_proj = Linear.load(weights, f"{name}.eh_proj", arithmetic)
-        self.layer = DecoderLayer(config, weights, layer, arithmetic)
+        self.layer = DecoderLayer(config, weights, layer, arithmetic, layout)
         self.head_norm = weights[f"{name}.head_norm"]
 
     def forward(self, hidden: Tensor, batch: ForwardBatch, cache: KVCache) -> Tensor:

@@ -68,9 +68,10 @@ class Rehearsal:
             cached = min(CONTEXT_TOKENS, self._max_seq_len - size, 1000)
             self._pass([(0, size)])
             self._pass([(cached, size)])
-        if rows.num_nextn:
+        decodes = {1 << i for i in range(rows.null.bit_length())} | {65, 129, 257, rows.null}
+        for size in sorted(size for size in decodes if size <= rows.null):
             for drafts in drafts_of(rows.num_nextn):
-                self._runner.decode(1, *drafts)
+                self._runner.decode(size, *drafts)
         rows.sampling[rows.null] = Sampling(presence_penalty=1.0)
         rows.count(rows.null)
         rows.sampling[rows.null] = Sampling()

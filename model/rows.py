@@ -12,7 +12,8 @@ of them have their KV, where that is, and how its tokens are chosen. `token_ids[
 
 All but the counts of penalties is int32 words of one tensor, so that a step's changes are one copy
 to the device and one kernel: `Delta`. The last row is the null row, whose lines pad a captured
-graph; it never changes.
+graph: as the model sees it it is empty, its block table is the null block, and what is chosen for
+it is written to itself and means nothing.
 """
 
 from typing import NamedTuple

@@ -91,6 +91,8 @@ class Runner:
         self.drafter = None if mtp is None else Drafter(mtp, rows)
         self.graphs = DecodeGraphs(self.decode, self.device)
         self._clock = StepClock(self.device)
+        self._logits: Tensor | None = None
+        """Of the last step of decodes; see `share_logits`."""
         self._packed = b""
         """`Step.decodes` of the last step: it changes seldom."""
         self._decodes = NONE
@@ -156,6 +158,7 @@ class Runner:
             num_tokens=counts.tobytes(),
         )
 
+    @torch.inference_mode()
     def decode(self, num_lines: int, num_drafts: int = 0, num_next_drafts: int = 0) -> Sampled:
         """The next tokens of the first `num_lines` rows of the batch, null rows included: one, and
         as many more as drafts are right; and drafts for the next step."""
@@ -165,7 +168,8 @@ class Runner:
         where = fill_inputs(rows.tokens, lines, rows.drafts, query_len, self.model, inputs)
         batch = ForwardBatch(inputs, num_lines, *where, None, query_len)
         hidden = self.model.forward(batch, self.cache)
-        sampled = accept(self.model.logits(hidden), lines, num_lines, query_len, rows)
+        out = None if self._logits is None else self._logits[: num_lines * query_len]
+        sampled = accept(self.model.logits(hidden, out), lines, num_lines, query_len, rows)
         if self.drafter is not None:
             last = last_accepted(sampled, num_lines, query_len)
             batch = batch.following(sampled.token_ids)
@@ -188,6 +192,13 @@ class Runner:
             self.host.before_writes(join.block_table[num_cached_blocks:])
         for grow in step.grows:
             self.host.before_writes(grow.block_ids)
+
+    def share_logits(self) -> None:
+        """From now on all steps of decodes leave their logits in one place: or every captured graph
+        would keep its own."""
+        most = self.rows.null * (self.rows.num_nextn + 1)
+        size = most, self.model.lm_head.shape[0]
+        self._logits = torch.empty(size, dtype=torch.float32, device=self.device)
 
     def _set_decodes(self, delta: Delta, packed: bytes) -> None:
         if packed == self._packed:

@@ -76,7 +76,8 @@ def _does_not_fit(load: Load, error: Exception) -> str:
     return (
         f"the model cannot be set up with max_batch_size {load.max_batch_size}, max_num_tokens "
         f"{load.max_num_tokens}, max_seq_len {load.max_seq_len} and kv_cache_gb "
-        f"{load.kv_cache_gb} (0: chosen here), kv_host_cache_gb {load.kv_host_cache_gb}: {reason}"
+        f"{load.kv_cache_gb} (0: chosen here), kv_host_cache_gb {load.kv_host_cache_gb} and "
+        f"num_nextn {load.num_nextn}: {reason}"
     )
 
 
@@ -121,7 +122,11 @@ def describe(step: Step) -> str:
     """The shapes of a step, for the log of a failure."""
     chunks = ", ".join(f"{chunk.start}+{chunk.num_tokens}" for chunk in step.chunks)
     graph = f", padded to {step.padded_size}" if not step.chunks else ""
-    return f"step {step.seq}: {len(step.decodes) // 4} decodes{graph}, chunks [{chunks}]"
+    return (
+        f"step {step.seq}: {len(step.decodes) // 4} decodes{graph}, chunks [{chunks}], "
+        f"{step.num_drafts} drafts verified, {step.num_next_drafts} made, "
+        f"{len(step.offloads)} blocks to the host, {len(step.restores)} back"
+    )
 
 
 class Reporter:

@@ -113,7 +113,7 @@ def quantile(values: list[float], share: float) -> float:
 def report(daemon: Daemon, client: Client, streams: int, cpu_s: float) -> str:
     """Of the steps in which every stream decoded."""
     steps = [line for line in daemon.lines() if line.get("event") == "step"]
-    full = [line for line in steps if line["num_tokens"] == streams and line["mode"] == "decode"]
+    full = [line for line in steps if line["num_decodes"] == streams and line["mode"] == "decode"]
     if not full:
         raise click.ClickException("no step had all streams in it")
     rows = [

@@ -256,7 +256,8 @@ def sampling(m: int, device: str) -> None:
         bitmask=zeros(device, m + 1, -(-VOCAB // 32), dtype=torch.int32), has_bitmask=odd.int() * 0,
     )  # fmt: skip
     lines = at_an_offset(torch.arange(m, device=device, dtype=torch.int32), m)
-    sample.count_tokens(ids[0, :9], 4, state.counts[0])
+    for start in range(4):  # rows of an odd width begin anywhere
+        sample.count_tokens(ids.view(-1)[start : start + 9], 4, state.counts[0])
     sample.sample_and_append(logits.bfloat16(), lines, state, ids)
     sample.sample_rows(logits, lines, state)
     sample.top_logprobs(logits, zeros(device, m, dtype=torch.int64), 5)

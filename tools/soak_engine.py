@@ -42,7 +42,7 @@ class Soak:
         self._num_added = 0
         ready = engine.ready
         capacity = (ready.num_blocks - 1) * ready.block_size
-        self._longest = min(ready.max_seq_len - 1, capacity - 1)
+        self._longest = min(ready.max_seq_len, capacity - self.scheduler.overrun) - 1
 
     def add(self) -> None:
         """A request at one of the extremes."""
@@ -81,6 +81,8 @@ class Soak:
 @click.option("--load-format", type=click.Choice(["auto", "dummy"]), default="auto")
 @click.option("--kv-cache-dtype", type=click.Choice(["auto", "fp8"]), default="auto")
 @click.option("--kv-cache-gb", default=0.0, help="0: all that the largest steps leave.")
+@click.option("--kv-host-cache-gb", default=0.0, help="Host memory for KV blocks; 0: none.")
+@click.option("--mtp", "num_nextn", default=0, show_default=True, help="Most drafts of a step.")
 @click.option("--max-batch-size", default=256, show_default=True)
 @click.option("--max-num-tokens", default=8192, show_default=True)
 @click.option("--max-seq-len", default=0, help="0: the model's own limit.")

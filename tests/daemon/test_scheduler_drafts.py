@@ -3,7 +3,7 @@
 import pytest
 
 from dsd.daemon.drafting import FIRST_PAUSE, WINDOW
-from dsd.daemon.request import FinishReason, Phase, Refused, TokenEvent
+from dsd.daemon.request import FinishReason, Phase, Refused, Request, TokenEvent
 from dsd.daemon.scheduler import Scheduler
 from dsd.ipc.messages import LogprobEntry, Sampling, Step, StepOutput, pack_int32
 from dsd.tests.daemon.scheduler_kit import make_request, make_scheduler, plan, rows
@@ -356,3 +356,31 @@ def test_expects_tokens_of_a_decode_with_two_drafts_and_of_a_chunk(
     step = plan(scheduler)
     assert (len(rows(step)), len(step.chunks), step.num_drafts) == (1, 1, 2)
     assert scheduler.expects(output(step, token_ids, num_tokens)) is fits
+
+
+@pytest.mark.parametrize(
+    ("max_batch_size", "max_num_tokens", "num_nextn"),
+    [(256, 512, 1), (32, 96, 3), (32, 128, 3), (8, 32, 5), (8, 64, 5)],
+)
+def test_steady_steps_draft_what_the_next_one_verifies(
+    max_batch_size: int, max_num_tokens: int, num_nextn: int
+) -> None:
+    """Only steps of one length are captured as graphs."""
+    scheduler = Scheduler(
+        max_batch_size, max_num_tokens, 4096, 40 * max_batch_size, 64, 1, num_nextn=num_nextn
+    )
+    for i in range(max_batch_size):
+        scheduler.add(Request(str(i), [1, 2, 3], Sampling(), 400, frozenset()))
+    lengths = []
+    for _ in range(300):
+        step = scheduler.schedule()
+        if step is None:
+            break
+        num_decodes = len(step.decodes) // 4
+        counts = [step.num_drafts + 1] * num_decodes + [1] * sum(c.sample for c in step.chunks)
+        ids = pack_int32([7] * sum(counts))
+        scheduler.update(StepOutput(0, step.seq, ids, num_tokens=pack_int32(counts)))
+        if num_decodes == max_batch_size:
+            lengths.append((step.num_drafts, step.num_next_drafts))
+    assert len(lengths) > 30
+    assert sum(verified != made for verified, made in lengths[3:]) <= len(lengths) // 8, lengths

@@ -52,12 +52,20 @@ def test_parts_of_the_ranks_add_up(tmp_path: Path, tp_size: int, ep_size: int, f
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
 
 
+@pytest.mark.parametrize("num_nextn", [0, 2])
 @pytest.mark.parametrize(("tp_size", "ep_size"), [(2, 2), (4, 1), (4, 4)])
-def test_share_in_attention_dp_runs_alone(tmp_path: Path, tp_size: int, ep_size: int) -> None:
-    write_config(tmp_path, FIELDS)
+def test_share_in_attention_dp_runs_alone(
+    tmp_path: Path, tp_size: int, ep_size: int, num_nextn: int
+) -> None:
+    write_config(tmp_path, {**FIELDS, "num_nextn_predict_layers": 1})
     layout = Layout(tp_size=tp_size, ep_size=ep_size, attention_dp=True)
     engine = LocalEngine(
-        tmp_path, device="cpu", max_batch_size=2, load_format="dummy", layout=layout
+        tmp_path,
+        device="cpu",
+        max_batch_size=2,
+        load_format="dummy",
+        layout=layout,
+        num_nextn=num_nextn,
     )
     layer = engine.runner.model.layers[-1].mlp
     assert isinstance(layer, MoE) and len(layer.experts) == 8 // ep_size

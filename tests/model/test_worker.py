@@ -91,7 +91,7 @@ def test_a_step_that_cannot_be_launched_is_described_in_the_log(capfd) -> None:
     with pytest.raises(RuntimeError, match="out of memory"):
         worker.serve(Wire([step(7), Stop(0)]), Broken(0))
     err = capfd.readouterr().err
-    assert "cannot be launched: step 7: 2 decodes, padded to 4, chunks []" in err
+    assert "cannot be launched: step 7: 2 decodes, padded to 4, chunks [], 0 drafts" in err
 
 
 def test_steps_under_way_when_the_device_fails_are_described_in_the_log(capfd) -> None:
