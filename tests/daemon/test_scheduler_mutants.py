@@ -178,8 +178,8 @@ MUTANTS = [
     Mutant(
         "drafts_are_verified_that_nobody_made",
         "scheduler",
-        "= self._num_next_drafts, len",
-        "= self.num_nextn, len",
+        "self._within_tokens(self._num_next_drafts)",
+        "self._within_tokens(self.num_nextn)",
     ),
     Mutant("draft_layer_has_no_blocks", "scheduler", "// 4 + self.lookahead", "// 4"),
     Mutant(
@@ -188,7 +188,7 @@ MUTANTS = [
         "self.block_size - self.overrun",
         "self.block_size",
     ),
-    Mutant("drafts_preempt", "scheduler", "if num_blocks <= self._pool.num_available:", "if True:"),
+    Mutant("drafts_preempt", "scheduler", "if num_blocks <= self._pool.num_available else 0", ""),
     Mutant(
         "ended_row_still_decodes",
         "decode_set",

@@ -40,8 +40,7 @@ def check(logits: Tensor, rows: list[Options], lines: Tensor | None = None) -> N
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("spread", [0.3, 6.0])
+@pytest.mark.parametrize(("dtype", "spread"), [(torch.float32, 0.3), (torch.bfloat16, 6.0)])
 def test_sample_rows_of_all_options(dtype: torch.dtype, spread: float) -> None:
     rows = mixed_options(1003)
     wide = torch.full((len(rows), 1100), float("nan"), dtype=dtype)
@@ -52,12 +51,13 @@ def test_sample_rows_of_all_options(dtype: torch.dtype, spread: float) -> None:
 @interpreted
 @pytest.mark.parametrize("spread", [0.1, 2.0])
 def test_sample_rows_that_keep_more_than_a_list_takes(spread: float) -> None:
-    check(torch.randn(len(WIDE_OPTIONS), 9001) * spread, WIDE_OPTIONS)
+    some = WIDE_OPTIONS[::2]
+    check(torch.randn(len(some), 9001) * spread, some)
 
 
 @interpreted
 def test_sample_rows_of_equals_keeps_the_first() -> None:
-    some = WIDE_OPTIONS[::2]
+    some = WIDE_OPTIONS[1::4]
     logits = torch.zeros(len(some), 9001)
     check(logits, some)
     logits[:, 4500:] = 1.0
@@ -70,20 +70,21 @@ def test_sample_rows_of_equals_keeps_the_first() -> None:
 
 @interpreted
 def test_sample_rows_of_few_that_are_left() -> None:
-    logits = torch.full((len(WIDE_OPTIONS), 9001), float("-inf"))
+    some = WIDE_OPTIONS[::3]
+    logits = torch.full((len(some), 9001), float("-inf"))
     logits[:, 5000] = -2.0
-    check(logits, WIDE_OPTIONS)
+    check(logits, some)
     logits[:, 3:7] = float("nan")
     logits[:, 4000] = -1e30
     logits[:, 8000:8003] = -1.0
-    check(logits, WIDE_OPTIONS)
-    check(torch.full((len(WIDE_OPTIONS), 9001), float("nan")), WIDE_OPTIONS)
+    check(logits, some)
+    check(torch.full((len(some), 9001), float("nan")), some)
 
 
 @interpreted
 @pytest.mark.parametrize("shards", [2, 8])
 def test_sample_rows_of_gathered_shards(shards: int) -> None:
-    rows = mixed_options(1000)
+    rows = mixed_options(1000)[::3]
     state, logits = make_state(rows, 1000), torch.randn(len(rows), 1000).to(torch.bfloat16)
     lines = torch.arange(len(rows))
     gathered = torch.stack(logits.chunk(shards, dim=1))

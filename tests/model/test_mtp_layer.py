@@ -313,9 +313,9 @@ def test_rehearsal_with_drafts_changes_no_row_and_no_block_but_the_null_ones(
     before, seen = rows.words.clone(), []
     logits = runner.model.logits
 
-    def noted(hidden: Tensor) -> Tensor:
+    def noted(hidden: Tensor, out: Tensor | None = None) -> Tensor:
         seen.append(len(hidden))
-        return logits(hidden)
+        return logits(hidden, out)
 
     runner.model.logits = noted
     rehearsal = Rehearsal(runner, max_num_tokens, 64)
