@@ -13,7 +13,7 @@ test: $(VENV)/.test
 	@echo "==> the tests of kernels/ and model/, two at a time (about two minutes) ..."
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/kernels tests/model
 	@echo "==> all other tests (about four minutes; 'make test-quick' takes one in all) ..."
-	@$(BIN)/python -m pytest -q --durations=8 --ignore=tests/kernels --ignore=tests/model
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=8 --ignore=tests/kernels --ignore=tests/model
 
 test-quick: $(VENV)/.test
 	@echo "==> the quick tests ..."
