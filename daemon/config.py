@@ -89,6 +89,10 @@ class EngineConfig(_Section, frozen=True):
     """Most tokens that the MTP layer drafts for a sequence in a step; 0: off."""
     num_nextn_by_batch_size: tuple[tuple[Positive, NotNegative], ...] = ((8, 5), (32, 3), (256, 1))
     """(largest number of decoding sequences, most drafts); none above the last."""
+    relaxed_topk: Annotated[int, Meta(ge=0, le=1000)] = 0
+    """Inside <think> a draft among so many best tokens is accepted; 0: drafts change no token."""
+    relaxed_delta: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.6
+    """How much less likely than the best token such a draft may be."""
 
 
 class ParallelConfig(_Section, frozen=True):
@@ -178,6 +182,10 @@ def _check(config: Config) -> None:
     sizes = [size for size, _ in config.engine.num_nextn_by_batch_size]
     if any(size >= larger for size, larger in pairwise(sizes)):
         raise ConfigError(f"num_nextn_by_batch_size: the batch sizes {sizes} do not rise")
+    if config.engine.relaxed_topk and not config.engine.num_nextn:
+        raise ConfigError(
+            f"relaxed_topk is {config.engine.relaxed_topk}, but num_nextn is 0: there are no drafts"
+        )
     server = config.server
     worker_socket = runtime_dir(server) / worker_socket_name(MAX_EPOCH)
     for path in (api_socket(server), control_socket(server), worker_socket):

@@ -309,6 +309,8 @@ class Node:
             fp8_gemm=engine.fp8_gemm,
             num_nextn=engine.num_nextn,
             kv_host_cache_gb=engine.kv_host_cache_gb,
+            relaxed_topk=engine.relaxed_topk,
+            relaxed_delta=engine.relaxed_delta,
         )
 
     def _on_progress(self, progress: Progress) -> None:

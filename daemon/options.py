@@ -98,6 +98,20 @@ FLAGS = (
         int,
         "Tokens that the MTP layer drafts in a step, 0 to 5.",
     ),
+    Flag(
+        ("--mtp-relaxed-topk",),
+        "engine",
+        "relaxed_topk",
+        int,
+        "Inside <think>, accept drafts among so many best tokens (0: off).",
+    ),
+    Flag(
+        ("--mtp-relaxed-delta",),
+        "engine",
+        "relaxed_delta",
+        float,
+        "How much less likely than the best they may be.",
+    ),
     Flag(("--tp-size", "--tp"), "parallel", "tp_size", int, "Tensor-parallel ranks."),
     Flag(("--ep-size", "--ep"), "parallel", "ep_size", int, "Expert-parallel ranks."),
     Flag(("--pp-size", "--pp"), "parallel", "pp_size", int, "Pipeline stages."),
@@ -133,6 +147,11 @@ YAML_SECTIONS = {
 }
 """Keys of the guide's `--extra_llm_api_options` file, in `pytorch_backend_config` or beside it."""
 
+
+RELAXED = "use_relaxed_acceptance_for_thinking"
+RELAXED_DEFAULTS = {"relaxed_topk": 10, "relaxed_delta": 0.6}
+RELAXED_KEYS = {RELAXED, *RELAXED_DEFAULTS}
+"""Of its `speculative_config`."""
 
 UNSUPPORTED = {"moe_backend": "a MoE back end"}
 """Keys of the guide's file that this version knows, and refuses."""
@@ -204,7 +223,7 @@ def read_yaml(path: Path) -> Overrides:
     for key, value in {**fields, **inner}.items():
         section = YAML_SECTIONS.get(key)
         if key == "speculative_config":
-            result.setdefault("engine", {})["num_nextn"] = _num_nextn(path, value)
+            result.setdefault("engine", {}).update(_speculation(path, value))
             continue
         if key in UNSUPPORTED:
             what = UNSUPPORTED[key]
@@ -215,13 +234,18 @@ def read_yaml(path: Path) -> Overrides:
     return result
 
 
-def _num_nextn(path: Path, fields: Any) -> Any:
-    """Of the guide's `speculative_config`."""
+def _speculation(path: Path, fields: Any) -> dict[str, Any]:
+    """Of the guide's `speculative_config`: keys of the engine's section."""
     names = {"decoding_type", "num_nextn_predict_layers"}
-    if not isinstance(fields, dict) or fields.keys() != names:
+    if not isinstance(fields, dict) or not names <= fields.keys() <= names | RELAXED_KEYS:
         raise ConfigError(
-            f"{path}: speculative_config needs the keys {' and '.join(sorted(names))}"
+            f"{path}: speculative_config needs the keys {' and '.join(sorted(names))}, "
+            f"and may have {', '.join(sorted(RELAXED_KEYS))}"
         )
     if (algorithm := fields["decoding_type"]) != "MTP":
         raise ConfigError(f"{path}: decoding_type is {algorithm!r}; this version knows MTP")
-    return fields["num_nextn_predict_layers"]
+    result = {"num_nextn": fields["num_nextn_predict_layers"]}
+    if fields.get(RELAXED):
+        given = {key: fields[key] for key in RELAXED_DEFAULTS if key in fields}
+        result |= RELAXED_DEFAULTS | given
+    return result

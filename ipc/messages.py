@@ -220,6 +220,10 @@ class Load(msgspec.Struct, frozen=True, array_like=True, tag="load"):
     """Most tokens that the MTP layer drafts for a row in one step; 0: it is not loaded."""
     kv_host_cache_gb: float = 0.0
     """Host memory for KV blocks that the GPU has no room for, in GB; 0: none."""
+    relaxed_topk: int = 0
+    """While a row thinks, a draft among so many best tokens is accepted; 0: only the choice is."""
+    relaxed_delta: float = 0.0
+    """How much less likely than the best token such a draft may be."""
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True, tag="progress"):

@@ -173,9 +173,58 @@ def _append(chosen: Tensor, rows: Tensor, state: "SamplingState", token_ids: Ten
     rows, chosen = (x[state.num_tokens[rows] < token_ids.shape[1]] for x in (rows, chosen))
     token_ids[rows, state.num_tokens[rows].long()] = chosen.int()
     state.num_tokens[rows] += 1
-    penalises = (state.presence_penalty[rows] != 0) | (state.frequency_penalty[rows] != 0)
-    penalises |= state.repetition_penalty[rows] != 1
+    penalises = _penalises(rows, state)
     state.counts[rows[penalises], chosen[penalises]] += 1
+
+
+def _penalises(rows: Tensor, state: "SamplingState") -> Tensor:
+    """[S] bool."""
+    penalises = (state.presence_penalty[rows] != 0) | (state.frequency_penalty[rows] != 0)
+    return penalises | (state.repetition_penalty[rows] != 1)
+
+
+def near_best(
+    logits: Tensor, drafts: Tensor, rows: Tensor, state: "SamplingState", top_k: int, delta: float
+) -> Tensor:
+    """logits: [S, V] or [shards, S, V / shards], drafts, rows: [S] -> [S] bool."""
+    rows, drafts = rows.long(), drafts.long()[:, None]
+    logits = adjust_logits(_whole(logits), rows, state)
+    draws = _draws(rows, state)
+    probs = torch.where(draws[:, None], logits * _cold(rows, state), logits).double().softmax(-1)
+    own, prob = logits.gather(1, drafts), probs.gather(1, drafts)[:, 0]
+    token = torch.arange(logits.shape[1], device=logits.device)
+    before = (logits > own) | ((logits == own) & (token < drafts))
+    rank, mass, best = before.sum(dim=1), (probs * before).sum(dim=1), probs.amax(dim=1)
+    near = (own[:, 0] > float("-inf")) & (rank < top_k) & (prob >= best - delta)
+    k, p = state.top_k[rows], state.top_p[rows]
+    kept = ((k == 0) | (rank < k)) & (prob >= state.min_p[rows] * best)
+    kept &= (p >= 1) | (mass < p * torch.where(k > 0, mass + prob, 1.0))
+    return near & (kept | ~draws)
+
+
+def settle(
+    chosen: Tensor,
+    rows: Tensor,
+    state: "SamplingState",
+    token_ids: Tensor,
+    thinking: Tensor,
+    think_ids: tuple[int, int],
+    near: Tensor | None,
+    drafts: Tensor | None,
+) -> None:
+    """In place: chosen [S] int64, token_ids [R, L], thinking [R], and the counts of `state`."""
+    rows = rows.long()
+    if near is not None and drafts is not None:
+        takes = near & (thinking[rows] != 0) & (drafts != chosen)
+        taking, old, new = rows[takes], chosen[takes], drafts[takes].long()
+        token_ids[taking, state.num_tokens[taking].long() - 1] = new.int()
+        penalises = _penalises(taking, state)
+        state.counts[taking[penalises], old[penalises]] -= 1
+        state.counts[taking[penalises], new[penalises]] += 1
+        chosen[takes] = new
+    start, end = think_ids
+    ended = thinking[rows].masked_fill(chosen == end, 0)
+    thinking[rows] = ended.masked_fill(chosen == start, 1)
 
 
 def shard_best(

@@ -21,6 +21,7 @@ from .mtp import MTP
 from .numerics import Numerics
 from .parallel import Layout
 from .rehearsal import Rehearsal
+from .relaxed import Relaxed, read_think_ids
 from .rows import Rows
 from .runner import Runner
 
@@ -46,7 +47,7 @@ def build(load: Load, report: Report) -> tuple[Runner, Ready]:
     device = _device(load.device)
     dtype = DTYPES[config.dtype if load.dtype == "auto" else load.dtype]
     limits = _limits(load, config, device)
-    mtp = _drafts(load, config)
+    mtp, relaxed = _drafts(load, config), _relaxed(load)
     act_quant = load.act_quant == "fp8" or (load.act_quant == "auto" and device.type == "cuda")
     if load.load_format == "dummy":
         weights = loader.dummy(config, layout, dtype, device, mtp=mtp)
@@ -64,8 +65,9 @@ def build(load: Load, report: Report) -> tuple[Runner, Ready]:
     weight_bytes = sum(weight.nbytes for weight in weights.values())
     del weights  # the model holds what it needs
     rows = Rows(
-        limits.max_batch_size, longest, load.block_size, config.vocab_size, device, load.num_nextn
-    )
+        limits.max_batch_size, longest, load.block_size, config.vocab_size, device, load.num_nextn,
+        relaxed,
+    )  # fmt: skip
     notes = _notes(config, load, act_quant, device)
     if device.type == "cuda":
         runner = Runner(model, _blocks(load, model, 2, device), rows, drafts)
@@ -249,6 +251,14 @@ def _drafts(load: Load, config: ModelConfig) -> bool:
     return load.num_nextn > 0
 
 
+def _relaxed(load: Load) -> Relaxed | None:
+    """Raises CheckpointError where the tokenizer has no token for <think>."""
+    if not (load.relaxed_topk and load.num_nextn):
+        return None
+    think_ids = read_think_ids(Path(load.model_dir))
+    return Relaxed(load.relaxed_topk, load.relaxed_delta, think_ids)
+
+
 def _room(load: Load) -> int:
     """Positions behind max_seq_len: a row runs over its end by what the steps in flight accept,
     and drafts beyond that."""
@@ -273,6 +283,11 @@ def _notes(config: ModelConfig, load: Load, act_quant: bool, device: torch.devic
         notes.append(f"latents in the KV cache are quantised to fp8, a scale for each token{asks}")
     if load.num_nextn:
         notes.append(f"the MTP layer drafts up to {load.num_nextn} tokens a step")
+        if load.relaxed_topk:
+            notes.append(
+                f"inside <think> drafts among the {load.relaxed_topk} best tokens are accepted, if "
+                f"no more than {load.relaxed_delta} less likely than the best: thoughts change"
+            )
     elif config.num_nextn_predict_layers:
         notes.append("num_nextn is 0: the MTP layer of the checkpoint is not used")
     if load.check_numerics:

@@ -68,12 +68,13 @@ def accept(logits: Tensor, lines: Tensor, num_decodes: int, query_len: int, rows
     row = decodes.long()
     drafts = rows.drafts[row]
     left, num_tokens = decodes, torch.ones_like(decodes)
-    chosen = [sampler.choose(each[:, 0], left, rows)]
-    for i in range(1, query_len):
-        right = (left != rows.null) & (drafts[:, i - 1] == chosen[-1])
+    chosen: list[Tensor] = []
+    for i in range(query_len - 1):
+        chosen.append(sampler.choose(each[:, i], left, rows, drafts[:, i]))
+        right = (left != rows.null) & (drafts[:, i] == chosen[-1])
         left = left.masked_fill(~right, rows.null)
         num_tokens += right
-        chosen.append(sampler.choose(each[:, i], left, rows))
+    chosen.append(sampler.choose(each[:, -1], left, rows))
     rows.tokens.num_computed[row] = rows.tokens.num_tokens[row] - 1
     token_ids = torch.stack(chosen, dim=1).flatten()
     if len(lines) > num_decodes:

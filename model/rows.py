@@ -26,6 +26,7 @@ from torch import Tensor
 from ..ipc.messages import Grow, Join, Sampling
 from ..kernels import sample
 from ..kernels.step import TokenState, scatter_words
+from .relaxed import Relaxed
 
 MAX_BIAS = 1024
 """Entries of a row's logit_bias."""
@@ -110,12 +111,14 @@ class Rows:
         vocab_size: int,
         device: torch.device,
         num_nextn: int = 0,
+        relaxed: Relaxed | None = None,
     ) -> None:
         """num_nextn: drafts of a row; max_seq_len then has room for what runs over a row's end."""
         num_rows = max_batch_size + 1
         self.device = device
         self.null = max_batch_size
         self.num_nextn = num_nextn
+        self.relaxed = relaxed
         self._fields: dict[str, _Field] = {}
         size = 0
         for name, width in {
@@ -126,7 +129,7 @@ class Rows:
             "masked_ids": MAX_MASKED,
             "seed": 2,
             "drafts": num_nextn,
-            **dict.fromkeys((*COUNTS, *FLOATS, "batch"), 1),
+            **dict.fromkeys((*COUNTS, *FLOATS, "batch", "thinking"), 1),
         }.items():
             self._fields[name] = _Field(size, width, num_rows)
             size += -(-num_rows * width // ALIGN) * ALIGN
@@ -147,6 +150,8 @@ class Rows:
         """[max_batch_size + 1] int32: the rows of the decode batch, then the null row."""
         self.drafts = view["drafts"].view(num_rows, self.num_nextn)
         """[R, num_nextn] int32; some token ids where a step drafted less."""
+        self.thinking = view["thinking"]
+        """[R] int32, 0 or 1; of use where acceptance is relaxed."""
         tokens = ("token_ids", "num_tokens", "num_computed", "block_table")
         self.tokens = TokenState(*(view[name] for name in tokens), block_size)
         whole = ("top_k", "bias_ids", "num_bias", "masked_ids", "num_masked", "mask_until")
@@ -166,6 +171,7 @@ class Rows:
         self._put_sampling(delta, self.null, Sampling(temperature=0.0), 0)
         self._put(delta, "num_tokens", self.null, 1)
         self._put(delta, "num_computed", self.null, 0)
+        self._put(delta, "thinking", self.null, 0)
         self.put_batch(delta, np.zeros(0, np.int32))
         delta.send(self.words)
 
@@ -176,6 +182,9 @@ class Rows:
         self._put_values(delta, "token_ids", row, ids)
         self._put(delta, "num_tokens", row, len(ids))
         self._put(delta, "num_computed", row, join.num_cached_tokens)
+        if self.relaxed is not None:
+            thinks = self.relaxed.thinks(ids, join.num_prompt_tokens)
+            self._put(delta, "thinking", row, int(thinks))
         self.num_prompt_tokens[row] = join.num_prompt_tokens
         self._num_joined[row] = len(ids)
         self._num_blocks[row] = 0

@@ -13,19 +13,29 @@ from torch import Tensor
 
 from ..ipc.messages import LogprobEntry
 from ..kernels import sample
+from ..kernels.sample_relaxed import near_best, settle
 from .rows import Rows
 
 PROMPT_LOGITS_SLICE = 512
 """Prompt positions whose logits exist at once."""
 
 
-def choose(logits: Tensor, lines: Tensor, rows: Rows) -> Tensor:
-    """Chooses a token for each line, and appends it to the line's row.
+def choose(logits: Tensor, lines: Tensor, rows: Rows, drafts: Tensor | None = None) -> Tensor:
+    """Chooses a token for each line, and appends it to the line's row. Where acceptance is relaxed
+    and the row thinks, a draft that is nearly as good is chosen instead.
 
-    logits: [S, V] float32, left alone; lines: [S] int32, the rows; all may be captured in a graph
+    logits: [S, V] float32, left alone; lines: [S] int32, the rows; drafts: [S] int32, of the tokens
+    that are chosen; all may be captured in a graph
     -> token ids [S] int64
     """
-    return sample.sample_and_append(logits, lines, rows.choice, rows.tokens.token_ids)
+    state, relaxed, near = rows.choice, rows.relaxed, None
+    if relaxed is not None and drafts is not None:
+        near = near_best(logits, drafts, lines, state, relaxed.top_k, relaxed.delta)
+    chosen = sample.sample_and_append(logits, lines, state, rows.tokens.token_ids)
+    if relaxed is not None:
+        own = (rows.tokens.token_ids, rows.thinking, relaxed.think_ids)
+        settle(chosen, lines, state, *own, near, drafts)
+    return chosen
 
 
 @dataclass(frozen=True)

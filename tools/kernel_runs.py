@@ -23,6 +23,7 @@ from ..kernels import (
     moe_route,
     quant,
     sample,
+    sample_relaxed,
     step,
 )
 from ..kernels.fp8_gemm_work import TILES, Work
@@ -258,7 +259,11 @@ def sampling(m: int, device: str) -> None:
     lines = at_an_offset(torch.arange(m, device=device, dtype=torch.int32), m)
     for start in range(4):  # rows of an odd width begin anywhere
         sample.count_tokens(ids.view(-1)[start : start + 9], 4, state.counts[0])
-    sample.sample_and_append(logits.bfloat16(), lines, state, ids)
+    drafts = zeros(device, m, 3, dtype=torch.int32)[:, 1]
+    near = sample_relaxed.near_best(logits.bfloat16(), drafts, lines, state, 10, 0.5)
+    chosen = sample.sample_and_append(logits.bfloat16(), lines, state, ids)
+    for given in ((None, None), (near, drafts)):
+        sample_relaxed.settle(chosen, lines, state, ids, odd.int(), (1, 2), *given)
     sample.sample_rows(logits, lines, state)
     sample.top_logprobs(logits, zeros(device, m, dtype=torch.int64), 5)
 

@@ -42,6 +42,8 @@ class LocalEngine:
         layout: Layout = WHOLE,
         kv_host_cache_gb: float = 0.0,
         num_nextn: int = 0,
+        relaxed_topk: int = 0,
+        relaxed_delta: float = 0.6,
     ) -> None:
         load = Load(
             epoch=0,
@@ -65,6 +67,8 @@ class LocalEngine:
             kv_cache_dtype=kv_cache_dtype,
             kv_host_cache_gb=kv_host_cache_gb,
             num_nextn=num_nextn,
+            relaxed_topk=relaxed_topk,
+            relaxed_delta=relaxed_delta,
         )
         self.runner, self.ready = build(load, lambda stage, done, total: None)
         self.num_steps = 0

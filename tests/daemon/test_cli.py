@@ -86,7 +86,8 @@ def test_flag_sets_its_key_in_every_spelling(configured, small_checkpoint, tmp_p
     for name in flag.names:
         for spelling in spellings(name):
             for arguments in ([spelling, value], [f"{spelling}={value}"]):
-                config = configured(str(small_checkpoint), *arguments)
+                more = ("--mtp", "1") if flag.key == "relaxed_topk" else ()
+                config = configured(str(small_checkpoint), *arguments, *more)
                 assert getattr(getattr(config, flag.section), flag.key) == expected
 
 
@@ -149,6 +150,28 @@ def test_mtp_has_our_flag_the_guides_and_its_yaml(
     assert configured(str(small_checkpoint), *arguments).engine.num_nextn == 3
 
 
+@pytest.mark.parametrize(
+    ("arguments", "text", "relaxed"),
+    [
+        (("--mtp", "2"), "", (0, 0.6)),
+        (("--mtp", "2", "--mtp-relaxed-topk", "5", "--mtp_relaxed_delta", "0.25"), "", (5, 0.25)),
+        ((), "use_relaxed_acceptance_for_thinking: true", (10, 0.6)),
+        ((), "use_relaxed_acceptance_for_thinking: true, relaxed_delta: 0.5", (10, 0.5)),
+        ((), "use_relaxed_acceptance_for_thinking: false, relaxed_topk: 15", (0, 0.6)),
+    ],
+)
+def test_relaxed_acceptance_has_our_flags_and_the_guides_yaml(
+    configured, small_checkpoint, tmp_path, arguments, text, relaxed
+) -> None:
+    if text:
+        path = tmp_path / "extra.yml"
+        fields = f"decoding_type: MTP, num_nextn_predict_layers: 2, {text}"
+        path.write_text(f"speculative_config: {{{fields}}}\n")
+        arguments = ("--extra_llm_api_options", str(path))
+    engine = configured(str(small_checkpoint), *arguments).engine
+    assert (engine.num_nextn, engine.relaxed_topk, engine.relaxed_delta) == (2, *relaxed)
+
+
 def test_mtp_table_whose_sizes_do_not_rise_is_refused(small_checkpoint, no_node, tmp_path) -> None:
     path = tmp_path / "dsd.toml"
     path.write_text("[engine]\nnum_nextn_by_batch_size = [[8, 3], [8, 1]]\n")
@@ -173,6 +196,15 @@ def test_mtp_table_whose_sizes_do_not_rise_is_refused(small_checkpoint, no_node,
         ("speculative_config:\n  decoding_type: MTP\n", "num_nextn_predict_layers"),
         ("speculative_config: {decoding_type: Eagle, num_nextn_predict_layers: 1}\n", "'Eagle'"),
         ("speculative_config: {decoding_type: MTP, num_nextn_predict_layers: 6}\n", "<= 5"),
+        (
+            "speculative_config: {decoding_type: MTP, num_nextn_predict_layers: 2, "
+            "use_relaxed_acceptance_for_thinking: true, relaxed_topk: many}\n",
+            "relaxed_topk",
+        ),
+        (
+            "speculative_config: {decoding_type: MTP, num_nextn_predict_layers: 2, eagle: 1}\n",
+            "may have relaxed_delta",
+        ),
     ],
 )
 def test_bad_yaml_is_one_sentence_and_status_2(
@@ -198,6 +230,9 @@ def test_bad_yaml_is_one_sentence_and_status_2(
         (["--block-size", "17"], "17"),
         (["--mtp", "6"], "<= 5"),
         (["--mtp", "-1"], ">= 0"),
+        (["--mtp-relaxed-topk", "10"], "num_nextn is 0"),
+        (["--mtp", "1", "--mtp-relaxed-delta", "1.5"], "<= 1.0"),
+        (["--mtp", "1", "--mtp-relaxed-topk", "-1"], ">= 0"),
         (["--spec_decode_algo", "MTP"], "needs --spec-decode-nextn"),
         (["--spec_decode_algo", "Medusa"], "Medusa"),
         (["--tp", "2"], "tp_size is 2"),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from dsd.kernels import sample, sample_state
+from dsd.kernels import sample, sample_relaxed, sample_state
 from dsd.tests.kernels.aot import MAX_SMEM, compile_kernel
 from dsd.tests.kernels.sample_cases import Options, make_state
 
@@ -76,6 +76,28 @@ CASES = [
         sample._join_sumexp,
         (F32, F32, F32, F32, 1, 64),
         {"PARTS": 64, "BLOCK": 64, "AS_LOG": True},
+        1,
+    ),
+    Case(
+        "relaxed, parts",
+        sample_relaxed._look_at_parts,
+        (F32, I32, STATE, I32, F32, F32, F32, F32, F32, VOCAB, 3),
+        {"VOCAB": VOCAB, "WIDTH": VOCAB, "PART": sample_relaxed.PART},
+        sample_relaxed.PART_WARPS,
+        fp_fusion=False,
+    ),
+    Case(
+        "relaxed, join",
+        sample_relaxed._decide,
+        (I32, STATE, F32, F32, F32, F32, F32, meta(torch.bool), 10, 0.5),
+        {"PARTS": PARTS, "PARTS_BLOCK": 1 << (PARTS - 1).bit_length(), "VOCAB": VOCAB},
+        1,
+    ),
+    Case(
+        "relaxed, settle",
+        sample_relaxed._settle,
+        (I64, I32, STATE, I32, I32, meta(torch.bool), I32, 4096, 1, 3, 128798, 128799),
+        {},
         1,
     ),
     Case("count", sample_state._count, (I32, I32, 5000, 4000), {"BIT": 1 << 30, "BLOCK": 1024}),

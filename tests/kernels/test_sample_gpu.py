@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dsd.kernels import reference_sample, sample
+from dsd.kernels.sample_relaxed import near_best, settle
 from dsd.tests.kernels.sample_cases import (
     WIDE_OPTIONS,
     Options,
@@ -236,3 +237,40 @@ def test_replayed_graph_with_other_rows_equals_eager() -> None:
         assert torch.equal(ids[lines, lengths[lines].long()], want.int())
         assert state.num_tokens.sum() == lengths.sum() + 16
         torch.testing.assert_close(largest, logits.float().logsumexp(dim=1))
+
+
+@pytest.mark.parametrize(("top_k", "delta"), [(10, 0.4), (5000, 0.01)])
+@pytest.mark.parametrize("spread", [0.5, 3.0])
+def test_near_best_equals_its_twin(top_k: int, delta: float, spread: float) -> None:
+    rows = mixed_options(V3_VOCAB)
+    state, lines = make_state(rows, V3_VOCAB, "cuda"), lines_of(rows)
+    logits = rand(len(rows), V3_VOCAB) * spread
+    best = logits.topk(4 * top_k, dim=1).indices
+    wrong = found = 0
+    for rank in (0, 1, top_k // 2, top_k - 1, top_k, 3 * top_k):
+        drafts = best[:, rank : rank + 2].int()[:, 0]
+        got = near_best(logits, drafts, lines, state, top_k, delta)
+        want = reference_sample.near_best(logits, drafts, lines, state, top_k, delta)
+        wrong, found = wrong + int((got != want).sum()), found + int(got.sum())
+    assert wrong <= len(rows) // 10, "a margin is met now and then"
+    assert found > len(rows)
+
+
+def test_settle_equals_its_twin() -> None:
+    rows = mixed_options(5003)
+    states = [make_state(rows, 5003, "cuda") for _ in range(2)]
+    ids = torch.full((2, len(rows), 22), -7, dtype=torch.int32, device="cuda")
+    thinking = (torch.arange(len(rows), device="cuda") % 3 != 0).int().expand(2, -1).clone()
+    lines, logits = lines_of(rows)[:-2], rand(len(rows) - 2, 5003)
+    drafts = torch.randint(0, 5003, (len(lines), 2), device="cuda", dtype=torch.int32)[:, 1]
+    near = torch.rand(len(lines), device="cuda") < 0.6
+    got, want = (
+        reference_sample.sample_rows(logits, lines, state, own)
+        for state, own in zip(states, ids, strict=True)
+    )
+    think_ids = (int(drafts[3]), int(want[6]))
+    for given in ((near, drafts), (None, None)):
+        settle(got, lines, states[0], ids[0], thinking[0], think_ids, *given)
+        reference_sample.settle(want, lines, states[1], ids[1], thinking[1], think_ids, *given)
+        assert torch.equal(got, want) and torch.equal(*ids) and torch.equal(*thinking)
+        assert torch.equal(states[0].counts, states[1].counts)

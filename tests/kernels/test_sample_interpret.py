@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from dsd.kernels import reference_sample, sample
+from dsd.kernels.sample_relaxed import near_best, settle
 from dsd.tests.kernels.interpreter import patch, run_interpreted
 from dsd.tests.kernels.sample_cases import (
     WIDE_OPTIONS,
@@ -105,6 +106,49 @@ def test_sample_and_append() -> None:
         assert torch.equal(got, want)
         assert torch.equal(ids[0], ids[1])
         assert torch.equal(states[0].num_tokens, states[1].num_tokens)
+        assert torch.equal(states[0].counts, states[1].counts)
+
+
+@interpreted
+@pytest.mark.parametrize(("top_k", "delta", "spread"), [(10, 0.4, 3.0), (3000, 0.01, 0.5)])
+def test_near_best(top_k: int, delta: float, spread: float) -> None:
+    rows = mixed_options(5003)[::2]
+    state, logits = make_state(rows, 5003), torch.randn(len(rows), 5003) * spread
+    logits[3, 40:60] = float("nan")
+    logits[:, ::500] = 3 * spread
+    lines = torch.randperm(len(rows), dtype=torch.int32)
+    drafts = torch.zeros(len(rows), 2, dtype=torch.int32)[:, 1]
+    found = 0
+    for draft in (0, 1, 2500, 5002):
+        drafts.fill_(draft)
+        got = near_best(logits, drafts, lines, state, top_k, delta)
+        assert torch.equal(
+            got, reference_sample.near_best(logits, drafts, lines, state, top_k, delta)
+        )
+        found += int(got.sum())
+    assert 5 < found < 4 * len(rows) - 5
+
+
+@interpreted
+def test_settle() -> None:
+    rows = mixed_options(500)
+    states = [make_state(rows, 500) for _ in range(2)]
+    ids = torch.full((2, len(rows), 22), -7, dtype=torch.int32)
+    thinking = (torch.arange(len(rows), dtype=torch.int32) % 3 != 0).int().expand(2, -1).clone()
+    lines, drafts = torch.randperm(len(rows))[:-2], torch.randint(0, 500, (len(rows) - 2, 2)).int()
+    near = torch.rand(len(lines)) < 0.6
+    logits = torch.randn(len(lines), 500)
+    drafts[:5, 1] = 7
+    got, want = (
+        reference_sample.sample_rows(logits, lines, state, own)
+        for state, own in zip(states, ids, strict=True)
+    )
+    for given in ((near, drafts[:, 1]), (None, None)):
+        settle(got, lines, states[0], ids[0], thinking[0], (7, int(want[6])), *given)
+        reference_sample.settle(
+            want, lines, states[1], ids[1], thinking[1], (7, int(want[6])), *given
+        )
+        assert torch.equal(got, want) and torch.equal(*ids) and torch.equal(*thinking)
         assert torch.equal(states[0].counts, states[1].counts)
 
 

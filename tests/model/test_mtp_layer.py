@@ -279,7 +279,7 @@ def test_accepting_and_drafting_ask_the_host_for_nothing(monkeypatch) -> None:
         lines = torch.zeros(4, dtype=torch.int32)
         logits = torch.zeros(4 * 4, 50)
         hidden = torch.zeros(4 * 4, 16)
-        monkeypatch.setattr(decodes.sampler, "choose", lambda _, left, rows: left.long())
+        monkeypatch.setattr(decodes.sampler, "choose", lambda _, left, *own: left.long())
         monkeypatch.setattr(decodes.sample, "sample_rows", lambda _, lines, state: lines.long())
         monkeypatch.setattr(decodes, "empty_inputs", lambda count, model: Inputs(*[lines] * 5))
         monkeypatch.setattr(decodes, "fill_inputs", lambda *_: (lines, lines))

@@ -115,20 +115,21 @@ def network_figures(directory: Path) -> dict[str, Any]:
 @click.option("--dtype", default="auto", show_default=True)
 @click.option("--act-quant", default="none", show_default=True)
 @click.option("--kv-cache-dtype", default="auto", show_default=True)
+@click.option("--num-nextn", default=0, show_default=True, help="Drafts of a step.")
+@click.option("--relaxed-topk", default=0, show_default=True, help="Inside <think>; 0: off.")
+@click.option("--relaxed-delta", default=0.6, show_default=True)
 @click.option("--network", is_flag=True, help="MTP and expert load too (bf16 export only).")
 @click.option("--show-wrong", default=0, help="Wrong answers to print, of each kind.")
 def main(
     directory: Path,
     count: int,
-    dtype: str,
-    act_quant: str,
-    kv_cache_dtype: str,
     network: bool,
     show_wrong: int,
+    **options: Any,
 ) -> None:
     """Evaluate the checkpoint in DIRECTORY."""
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    engine = LocalEngine(directory, dtype=dtype, act_quant=act_quant, kv_cache_dtype=kv_cache_dtype)
+    engine = LocalEngine(directory, **options)
     scores = score(engine, tokenizer, examples(list(tasks.TASKS), count))
     table = Table("task", "right", "of", "accuracy")
     for kind, entry in scores.items():
