@@ -13,6 +13,8 @@ from dsd.kernels.sample_state import SamplingState
 from dsd.tests.kernels.sample_cases import Options, make_state, mixed_options
 
 VOCAB, THINK, END = 997, 900, 901
+RANKS = [*range(14), 19, 20, 30, 39, 40, 63, 64, 150, 299, 300, 600, 990, 996]
+"""Of the drafts, by their adjusted logits."""
 
 
 def every_token_near(
@@ -42,13 +44,12 @@ def test_near_best_is_what_filters_and_distance_leave(
     state, logits = make_state(rows, VOCAB), torch.randn(len(rows), VOCAB) * spread
     kept, want = every_token_near(logits, state, top_k, delta)
     lines = torch.arange(len(rows), dtype=torch.int32)
+    order = adjust_logits(logits, lines, state).sort(dim=1, descending=True, stable=True).indices
+    drafts = order[:, RANKS]
     got = torch.stack(
-        [
-            near_best(logits, torch.full_like(lines, t), lines, state, top_k, delta)
-            for t in range(VOCAB)
-        ],
-        dim=1,
+        [near_best(logits, d, lines, state, top_k, delta) for d in drafts.int().unbind(1)], dim=1
     )
+    kept, want = kept.gather(1, drafts), want.gather(1, drafts)
     both = (state.top_k > 0) & (state.top_p < 1)
     assert torch.equal(got[~both], want[~both])
     assert not (got & ~kept).any(), "nothing that the row excludes"
