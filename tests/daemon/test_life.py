@@ -369,6 +369,7 @@ BROKEN_FILES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BROKEN_FILES)
 def test_broken_file_is_refused_with_its_line_at_start(tmp_path, small_checkpoint, name) -> None:
     text, line = BROKEN_FILES[name]

@@ -174,6 +174,7 @@ LONG_TEXTS = {
 }
 
 
+@pytest.mark.slow
 @needs_published
 @pytest.mark.parametrize("name", LONG_TEXTS)
 def test_encode_in_pieces_gives_the_ids_of_the_whole(published: Tokenizer, name: str) -> None:
@@ -353,8 +354,13 @@ def kimi(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tokenizer]:
     tokenizer.close()
 
 
+def has_no_tag(text: str) -> bool:
+    """Named tokens stand for themselves; hypothesis knows them from the sources."""
+    return not any(token["content"] in text for token in NAMED.values())
+
+
 @settings(deadline=None)
-@given(text=st.text(st.sampled_from("thecaing 你n1\n23")) | st.text())
+@given(text=st.text(st.sampled_from("thecaing 你n1\n23")) | st.text().filter(has_no_tag))
 def test_tiktoken_gives_the_ids_of_bpe_by_rank(kimi: Tokenizer, text: str) -> None:
     split = pre_tokenizers.Split(Regex(tiktoken_model.KIMI_PATTERN), "isolated")
     words = [word for word, _ in split.pre_tokenize_str(text)]

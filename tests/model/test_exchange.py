@@ -52,6 +52,7 @@ def test_parts_of_the_ranks_add_up(tmp_path: Path, tp_size: int, ep_size: int, f
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_nextn", [0, 2])
 @pytest.mark.parametrize(("tp_size", "ep_size"), [(2, 2), (4, 1), (4, 4)])
 def test_share_in_attention_dp_runs_alone(
