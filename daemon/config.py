@@ -170,12 +170,13 @@ def changes(old: Config, new: Config) -> list[tuple[str, str]]:
 
 def _check(config: Config) -> None:
     parallel = config.parallel
-    if config.model.load_format != "dummy":  # else rank 0's share runs alone, for measurements
-        for name in ("tp_size", "ep_size", "pp_size"):
-            if (size := getattr(parallel, name)) != 1:
-                raise ConfigError(f"{name} is {size}; this version runs on one rank")
-        if parallel.enable_attention_dp:
-            raise ConfigError("enable_attention_dp is true; this version runs on one rank")
+    # Of dummy weights rank 0's share runs alone, for measurements, if it has a head to sample with.
+    dummy = config.model.load_format == "dummy"
+    for name in ("pp_size",) if dummy else ("tp_size", "ep_size", "pp_size"):
+        if (size := getattr(parallel, name)) != 1:
+            raise ConfigError(f"{name} is {size}; this version runs on one rank")
+    if parallel.enable_attention_dp and not dummy:
+        raise ConfigError("enable_attention_dp is true; this version runs on one rank")
     batch, tokens = config.engine.max_batch_size, config.engine.max_num_tokens
     if batch and tokens and tokens < batch:
         raise ConfigError(f"max_num_tokens {tokens} is less than max_batch_size {batch}")

@@ -206,7 +206,7 @@ class Load(msgspec.Struct, frozen=True, array_like=True, tag="load"):
     cuda_graph_batch_sizes: tuple[int, ...] = ()
     """Empty: chosen here."""
     tp_size: int = 1
-    """The next four too: the layout that the worker's rank is a part of."""
+    """The next three too: the layout that the worker's rank is a part of."""
     ep_size: int = 1
     pp_size: int = 1
     attention_dp: bool = False
@@ -224,6 +224,9 @@ class Load(msgspec.Struct, frozen=True, array_like=True, tag="load"):
     """While a row thinks, a draft among so many best tokens is accepted; 0: only the choice is."""
     relaxed_delta: float = 0.0
     """How much less likely than the best token such a draft may be."""
+    tp_rank: int = 0
+    pp_rank: int = 0
+    """The worker's place in the layout."""
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True, tag="progress"):

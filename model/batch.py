@@ -75,8 +75,8 @@ class Sampled:
     """What a pass ends with: a line for each token that was wanted, `query_len` of them for each
     decode, then one for each chunk that samples."""
 
-    logits: Tensor
-    """[S, vocab_size] float32."""
+    logits: Tensor | None
+    """[S, vocab_size] float32. None: the last stage has them."""
     token_ids: Tensor
     """[S] int64."""
     num_tokens: Tensor | None = None
@@ -86,4 +86,5 @@ class Sampled:
         """Of a batch of decodes, what the first of them got."""
         stop = num_decodes * query_len
         num_tokens = None if self.num_tokens is None else self.num_tokens[:num_decodes]
-        return Sampled(self.logits[:stop], self.token_ids[:stop], num_tokens)
+        logits = None if self.logits is None else self.logits[:stop]
+        return Sampled(logits, self.token_ids[:stop], num_tokens)

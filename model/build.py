@@ -148,8 +148,7 @@ def _cache(
     load: Load, model: DeepseekV3, limits: Limits, budget: int, device: torch.device
 ) -> KVCache:
     """What the budget gives, but no more than a full batch of full sequences needs."""
-    dtype = _kv_dtype(load, model)
-    per_block = kv_cache.block_bytes(model.config, load.block_size, dtype, load.num_nextn > 0)
+    per_block = _block_bytes(load, model)
     longest = limits.max_seq_len + _room(load)
     useful = kv_cache.useful_blocks(limits.max_batch_size, longest, load.block_size)
     num_blocks = min(budget // per_block, useful)
@@ -159,8 +158,17 @@ def _cache(
 
 
 def _blocks(load: Load, model: DeepseekV3, num_blocks: int, device: torch.device) -> KVCache:
-    dtype, mtp = _kv_dtype(load, model), load.num_nextn > 0
-    return KVCache(model.config, num_blocks, load.block_size, dtype, device, mtp)
+    dtype, num_layers = _kv_dtype(load, model), _num_kv_layers(load, model)
+    return KVCache(model.config, num_blocks, load.block_size, dtype, device, num_layers)
+
+
+def _block_bytes(load: Load, model: DeepseekV3) -> int:
+    dtype, num_layers = _kv_dtype(load, model), _num_kv_layers(load, model)
+    return kv_cache.block_bytes(model.config, load.block_size, dtype, num_layers)
+
+
+def _num_kv_layers(load: Load, model: DeepseekV3) -> int:
+    return len(model.layers) + (load.num_nextn > 0)
 
 
 def _kv_dtype(load: Load, model: DeepseekV3) -> torch.dtype:
@@ -172,9 +180,7 @@ def _staging_bytes(load: Load, model: DeepseekV3) -> int:
     """That copies to and from the host take of the device's memory."""
     if not load.kv_host_cache_gb:
         return 0
-    dtype, mtp = _kv_dtype(load, model), load.num_nextn > 0
-    block_bytes = kv_cache.block_bytes(model.config, load.block_size, dtype, mtp)
-    return host_blocks.STAGED_BLOCKS * block_bytes
+    return host_blocks.STAGED_BLOCKS * _block_bytes(load, model)
 
 
 def _host_blocks(load: Load, cache: KVCache, report: Report, notes: list[str]) -> HostBlocks:
@@ -204,13 +210,17 @@ def _graph_sizes(load: Load, max_batch_size: int) -> list[int]:
 
 
 def _layout(load: Load) -> Layout:
-    """Of more than one rank, rank 0's share runs alone, without its exchanges: for measurements."""
-    if load.pp_size != 1:
-        raise CheckpointError(f"pp_size {load.pp_size}: this version computes one stage")
+    """Of more than one rank, one's share runs alone, without its exchanges: for measurements."""
+    if load.num_nextn and load.pp_size > 1:
+        raise CheckpointError(
+            f"num_nextn {load.num_nextn}, pp_size {load.pp_size}: this version drafts in one stage"
+        )
     return Layout(
         tp_size=load.tp_size,
+        tp_rank=load.tp_rank,
         ep_size=load.ep_size,
         pp_size=load.pp_size,
+        pp_rank=load.pp_rank,
         attention_dp=load.attention_dp,
     )
 
@@ -270,8 +280,11 @@ def _notes(config: ModelConfig, load: Load, act_quant: bool, device: torch.devic
     notes = []
     if load.load_format == "dummy":
         notes.append("load_format is dummy: the weights are random, and so are the answers")
-    if load.tp_size > 1:
-        notes.append(f"rank 0's share of {load.tp_size} runs alone, its exchanges left out")
+    if load.tp_size * load.pp_size > 1:
+        notes.append(
+            f"rank {load.tp_rank} of {load.tp_size} in stage {load.pp_rank} of {load.pp_size} runs "
+            "alone, its exchanges left out"
+        )
     if config.fp8:
         notes.append(
             "activations are quantised 1x128 and multiplied in fp8"

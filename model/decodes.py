@@ -84,6 +84,16 @@ def accept(logits: Tensor, lines: Tensor, num_decodes: int, query_len: int, rows
     return Sampled(logits, token_ids, num_tokens)
 
 
+def received(token_ids: Tensor, lines: Tensor, rows: Rows) -> Sampled:
+    """Appends to each line's row the token that the last stage chose for it. token_ids: [S] int64;
+    lines: [S] int32."""
+    tokens, row = rows.tokens, lines.long()
+    at = tokens.num_tokens[row].clamp(max=tokens.token_ids.shape[1] - 1)
+    tokens.token_ids[row, at.long()] = token_ids.int()
+    tokens.num_tokens[row] = at + 1
+    return Sampled(None, token_ids)
+
+
 def last_accepted(sampled: Sampled, num_decodes: int, query_len: int) -> Tensor:
     """[num_decodes] int64: of each decode, the index of its last token whose choice was accepted
     among the tokens computed."""

@@ -8,6 +8,7 @@ from ..kernels import fused, gemm
 from ..kernels.mla_schedule import Schedule
 from .batch import ForwardBatch
 from .config import ModelConfig
+from .exchange import LoneStage
 from .kv_cache import KVCache
 from .layers import MLP, Arithmetic, Quantized, RMSNorm
 from .mla import MLA
@@ -73,7 +74,7 @@ class DecoderLayer:
 
 
 class DeepseekV3:
-    """The whole model on one device."""
+    """The model on one device; of a pipeline, one stage of it."""
 
     def __init__(
         self,
@@ -88,23 +89,36 @@ class DeepseekV3:
         """Checks what each layer adds, if there is one."""
         self.config = config
         self.dtype = arithmetic.dtype
-        self.embed = weights["embed"]
+        self.layout = layout
         self.layers = [
             DecoderLayer(config, weights, layer, arithmetic, layout)
-            for layer in range(config.num_hidden_layers)
+            for layer in layout.layers(config)
         ]
-        self.norm = weights["norm"]
-        self.lm_head = weights["embed" if config.tie_word_embeddings else "lm_head"]
-        device = self.embed.device
+        device = self.layers[0].input_norm.weight.device
+        self.stages = LoneStage(config, self.dtype, device)
+        """What is before and behind this stage."""
+        if layout.is_first_stage or "embed" in weights:
+            self.embed = weights["embed"]
+        if self.has_head:
+            self.norm = weights["norm"]
+            self.lm_head = weights["embed" if config.tie_word_embeddings else "lm_head"]
         self.cos, self.sin = tables(config.rope, config.qk_rope_head_dim, max_seq_len, device)
+
+    @property
+    def has_head(self) -> bool:
+        return self.layout.is_last_stage
 
     def maps(self) -> set[tuple[int, int]]:
         """(N, K) of every dense linear map of the layers."""
         return {shape for layer in self.layers for shape in layer.maps()}
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
-        """Hidden states [T, hidden] after the final norm; writes the tokens' KV into the cache."""
-        x = fused.embedding(self.embed, batch.inputs.input_ids, self.dtype)
+        """Hidden states [T, hidden] after the final norm, or as the stage behind receives them;
+        writes the tokens' KV into the cache."""
+        if self.layout.is_first_stage:
+            x = fused.embedding(self.embed, batch.inputs.input_ids, self.dtype)
+        else:
+            x = self.stages.receive(len(batch.inputs.input_ids))
         if self.numerics is not None:
             self.numerics.check("embed", x)
         schedule = self.layers[0].attn.schedule(batch, cache.layers[0])
@@ -112,6 +126,10 @@ class DeepseekV3:
         for layer, layer_cache in zip(self.layers, cache.layers, strict=False):  # MTP's is behind
             x, residual = layer(x, residual, batch, layer_cache, schedule, self.numerics)
         assert residual is not None
+        if not self.has_head:
+            if self.numerics is not None:
+                self.numerics.finish()
+            return self.stages.send(x + residual)
         normed, _ = fused.add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)
         if self.numerics is not None:
             self.numerics.check("norm", normed)

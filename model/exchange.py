@@ -7,6 +7,7 @@ behind it has the shapes that it has among the others. What comes out means noth
 import torch
 from torch import Tensor
 
+from .config import ModelConfig
 from .layers import Quantized
 
 
@@ -30,3 +31,24 @@ class LocalCopies:
     def scatter_sum(self, x: Tensor) -> Tensor:
         """x: [size * T, N], this rank's part of all ranks' sums -> [T, N], the sums of its own."""
         return x[: len(x) // self.size].clone()
+
+
+class LoneStage:
+    """Stands in for the stages before and behind this one."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(0)
+        row = torch.randn(1, config.hidden_size, generator=generator)
+        self._row = row.to(device, dtype)
+
+    def receive(self, num_tokens: int) -> Tensor:
+        """What the stage before made of a step's tokens: [num_tokens, hidden]."""
+        return self._row.repeat(num_tokens, 1)
+
+    def send(self, hidden: Tensor) -> Tensor:
+        """hidden: [T, hidden], for the stage behind -> what lies there."""
+        return hidden.clone()
+
+    def receive_tokens(self, lines: Tensor) -> Tensor:
+        """lines: [S] int32, rows -> [S] int64, what the last stage chose for them."""
+        return torch.zeros_like(lines, dtype=torch.int64)

@@ -22,23 +22,22 @@ class KVCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
-        mtp: bool = False,
+        num_layers: int,
     ) -> None:
-        """dtype: of the entries; float8_e4m3fn quantises the latents. `mtp`: one more layer, the
-        MTP layer's, is the last."""
+        """dtype: of the entries; float8_e4m3fn quantises the latents. num_layers: those of the
+        rank's stage; the MTP layer's is the last, if there is one."""
         widths = config.kv_lora_rank, config.qk_rope_head_dim
         self.layers: list[Tensor] = [
-            latent_cache(num_blocks, block_size, *widths, dtype, device)
-            for _ in range(config.num_hidden_layers + mtp)
+            latent_cache(num_blocks, block_size, *widths, dtype, device) for _ in range(num_layers)
         ]
         self.num_blocks = num_blocks
         self.block_size = block_size
 
 
-def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype, mtp: bool = False) -> int:
-    """Bytes of one block over all layers, the MTP layer's included if there is one."""
+def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype, num_layers: int) -> int:
+    """Bytes of one block over all layers."""
     entry = entry_bytes(config.kv_lora_rank, config.qk_rope_head_dim, dtype)
-    return (config.num_hidden_layers + mtp) * block_size * entry
+    return num_layers * block_size * entry
 
 
 def cpu_budget() -> int:

@@ -38,7 +38,10 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
     attention_dp: bool = False
 
     def __post_init__(self) -> None:
-        assert 0 <= self.tp_rank < self.tp_size and 0 <= self.pp_rank < self.pp_size, self
+        for what in ("tp", "pp"):
+            rank, size = getattr(self, f"{what}_rank"), getattr(self, f"{what}_size")
+            if not 0 <= rank < size:
+                raise CheckpointError(f"{what}_rank {rank} is not one of {what}_size {size}")
         if self.ep_size < 1 or self.tp_size % self.ep_size:
             raise CheckpointError(
                 f"tp_size {self.tp_size} is no multiple of ep_size {self.ep_size}"

@@ -153,6 +153,7 @@ class Rows:
         self.thinking = view["thinking"]
         """[R] int32, 0 or 1; of use where acceptance is relaxed."""
         tokens = ("token_ids", "num_tokens", "num_computed", "block_table")
+        view["block_table"] = view["block_table"].view(num_rows, -1)  # one block wide, perhaps
         self.tokens = TokenState(*(view[name] for name in tokens), block_size)
         whole = ("top_k", "bias_ids", "num_bias", "masked_ids", "num_masked", "mask_until")
         self.choice = sample.SamplingState(

@@ -18,7 +18,7 @@ from ..kernels import step as kernels
 from . import sampler
 from .batch import ForwardBatch, Sampled
 from .chunks import ChunkPlan
-from .decodes import Drafter, accept, empty_inputs, fill_inputs, last_accepted
+from .decodes import Drafter, accept, empty_inputs, fill_inputs, last_accepted, received
 from .deepseek import DeepseekV3
 from .graphs import DecodeGraphs
 from .host_blocks import HostBlocks
@@ -168,13 +168,27 @@ class Runner:
         where = fill_inputs(rows.tokens, lines, rows.drafts, query_len, self.model, inputs)
         batch = ForwardBatch(inputs, num_lines, *where, None, query_len)
         hidden = self.model.forward(batch, self.cache)
-        out = None if self._logits is None else self._logits[: num_lines * query_len]
-        sampled = accept(self.model.logits(hidden, out), lines, num_lines, query_len, rows)
+        sampled = self._choose(hidden, lines, num_lines, query_len, self._logits)
         if self.drafter is not None:
             last = last_accepted(sampled, num_lines, query_len)
             batch = batch.following(sampled.token_ids)
             self.drafter.follow(hidden, batch, lines, last, num_next_drafts, self.cache)
         return sampled
+
+    def _choose(
+        self,
+        hidden: Tensor,
+        lines: Tensor,
+        num_decodes: int,
+        query_len: int,
+        logits: Tensor | None = None,
+    ) -> Sampled:
+        """hidden: [S, hidden], `query_len` for each of the decodes, one for each line behind them;
+        logits: where they go, if there is a place."""
+        if not self.model.has_head:
+            return received(self.model.stages.receive_tokens(lines), lines, self.rows)
+        logits = self.model.logits(hidden, None if logits is None else logits[: len(hidden)])
+        return accept(logits, lines, num_decodes, query_len, self.rows)
 
     def maps(self) -> set[tuple[int, int]]:
         """(N, K) of every dense linear map of the layers, the MTP layer's included."""
@@ -196,6 +210,8 @@ class Runner:
     def share_logits(self) -> None:
         """From now on all steps of decodes leave their logits in one place: or every captured graph
         would keep its own."""
+        if not self.model.has_head:
+            return
         most = self.rows.null * (self.rows.num_nextn + 1)
         size = most, self.model.lm_head.shape[0]
         self._logits = torch.empty(size, dtype=torch.float32, device=self.device)
@@ -226,8 +242,7 @@ class Runner:
         lines, tokens = plan.lines(carried)
         sampled = None
         if len(lines):
-            logits = model.logits(hidden[tokens])
-            sampled = accept(logits, lines, plan.num_decodes, query_len, rows)
+            sampled = self._choose(hidden[tokens], lines, plan.num_decodes, query_len)
         if self.drafter is not None:
             # The same tokens, each replaced by the one behind it.
             later = replace(rows.tokens, token_ids=rows.tokens.token_ids[:, 1:])
@@ -259,12 +274,12 @@ class Runner:
             behind = plan.num_decodes * query_len
             lines += [(behind + i, num) for i, num in self._wanting(plan.sampled)]
         logprobs = None
-        if sampled is not None and lines:
+        if sampled is not None and sampled.logits is not None and lines:
             index = to_device([line for line, _ in lines], self.device)
             most = max(num for _, num in lines)
             logprobs = Logprobs.of(sampled.logits[index], sampled.token_ids[index], most)
         prompt_logprobs = {}
-        if plan is not None and hidden is not None:
+        if plan is not None and hidden is not None and self.model.has_head:
             prompt_logprobs = self._prompt_logprobs(plan, hidden)
         token_ids = num_tokens = None
         if sampled is not None:

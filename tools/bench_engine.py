@@ -354,6 +354,7 @@ def describe(engine: LocalEngine, layout: Layout, bandwidth: float) -> str:
 @click.option("--tp-size", "--tp", default=1, show_default=True)
 @click.option("--ep-size", "--ep", default=1, show_default=True)
 @click.option("--pp-size", "--pp", default=1, show_default=True)
+@click.option("--pp-rank", default=0, show_default=True, help="The stage that is measured.")
 @click.option("--enable-attention-dp", is_flag=True)
 @click.option("--max-num-tokens", default=8192, show_default=True, help="Tokens in one step.")
 @click.option("--load-format", type=click.Choice(["dummy", "auto"]), default="dummy")
@@ -389,6 +390,7 @@ def bench(directory: Path, device: torch.device, **given: Any) -> None:
         tp_size=given["tp_size"],
         ep_size=given["ep_size"],
         pp_size=given["pp_size"],
+        pp_rank=given["pp_rank"],
         attention_dp=given["enable_attention_dp"],
     )
     names = ("max_num_tokens", "load_format", "dtype", "act_quant", "kv_cache_gb")

@@ -63,6 +63,8 @@ class LocalEngine:
             tp_size=layout.tp_size,
             ep_size=layout.ep_size,
             pp_size=layout.pp_size,
+            tp_rank=layout.tp_rank,
+            pp_rank=layout.pp_rank,
             attention_dp=layout.attention_dp,
             kv_cache_dtype=kv_cache_dtype,
             kv_host_cache_gb=kv_host_cache_gb,

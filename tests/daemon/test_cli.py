@@ -238,6 +238,7 @@ def test_bad_yaml_is_one_sentence_and_status_2(
         (["--tp", "2"], "tp_size is 2"),
         (["--ep", "2"], "ep_size is 2"),
         (["--pp", "2"], "pp_size is 2"),
+        (["--pp", "2", "--load-format", "dummy"], "pp_size is 2"),
         (["--enable-attention-dp"], "enable_attention_dp"),
         (["--max-num-tokens", "4", "--max-batch-size", "8"], "max_num_tokens 4"),
         (["--kv-cache-free-gpu-memory-fraction", "1.5"], "<= 1.0"),

@@ -79,6 +79,8 @@ MESSAGES: dict[str, Any] = {
         0.5,
         10,
         0.25,
+        5,
+        1,
     ),
     "progress": Progress(1, "loading", 10, 2**40),
     "ready": Ready(
@@ -128,9 +130,9 @@ MESSAGES: dict[str, Any] = {
 GOLDEN = {
     "hello": "94a568656c6c6f01cd109200",
     "load": (
-        "dc001aa46c6f616401a22f6da46175746fa7666c6f61743332a46e6f6e6508cd0100cd100040cb3ff800"
+        "dc001ca46c6f616401a22f6da46175746fa7666c6f61743332a46e6f6e6508cd0100cd100040cb3ff800"
         "0000000000cb3fec000000000000a564756d6d79c2920108080402c3a3667038c3a5746f72636803cb3f"
-        "e00000000000000acb3fd0000000000000"
+        "e00000000000000acb3fd00000000000000501"
     ),
     "progress": "95a870726f677265737301a76c6f6164696e670acf0000010000000000",
     "ready": (
@@ -193,7 +195,7 @@ def test_message_of_a_later_protocol_with_more_fields_is_understood(name) -> Non
 
 
 @pytest.mark.parametrize(
-    ("name", "num_defaults"), [("load", 14), ("ready", 4), ("step", 4), ("step_output", 5)]
+    ("name", "num_defaults"), [("load", 16), ("ready", 4), ("step", 4), ("step_output", 5)]
 )
 def test_message_of_an_earlier_protocol_without_the_last_fields_is_understood(
     name, num_defaults

@@ -268,7 +268,8 @@ def open_runner() -> OpenRunner:
     ) -> Runner:
         config = ModelConfig.load(directory)
         kv_dtype = getattr(torch, config.dtype if dtype == "auto" else dtype)
-        block_gb = kv_cache.block_bytes(config, block_size, kv_dtype, num_nextn > 0) / 1e9
+        num_layers = config.num_hidden_layers + (num_nextn > 0)
+        block_gb = kv_cache.block_bytes(config, block_size, kv_dtype, num_layers) / 1e9
         load = Load(
             epoch=0,
             model_dir=str(directory),

@@ -116,12 +116,12 @@ def test_build_makes_room_behind_max_seq_len_for_three_steps_of_drafts(mtp_dir: 
         assert len(runner.cache.layers) == layers
 
 
-def test_block_bytes_count_the_mtp_layer(mtp_dir: Path) -> None:
+def test_block_bytes_are_those_of_a_block_of_the_cache(mtp_dir: Path) -> None:
     config = ModelConfig.load(mtp_dir)
-    for mtp in (False, True):
-        cache = KVCache(config, 3, 16, torch.float32, CPU, mtp)
+    for num_layers in (1, 4):
+        cache = KVCache(config, 3, 16, torch.float32, CPU, num_layers)
         size = sum(layer.nbytes for layer in cache.layers)
-        assert size == 3 * kv_cache.block_bytes(config, 16, torch.float32, mtp)
+        assert size == 3 * kv_cache.block_bytes(config, 16, torch.float32, num_layers)
 
 
 def test_join_clears_the_block_table_behind_its_blocks() -> None:

@@ -148,3 +148,8 @@ def test_entries_of_the_chosen_token_alone_have_no_others(logits: Tensor) -> Non
     (entry,) = sampler.Logprobs.of(logits[:1], torch.tensor([7]), 0).entries()
     assert entry.token_id == 7 and entry.top == ()
     assert entry.logprob == pytest.approx(logits[0].log_softmax(0)[7].item(), abs=1e-5)
+
+
+def test_rows_no_longer_than_a_block_have_a_block_table() -> None:
+    rows = Rows(2, max_seq_len=8, block_size=8, vocab_size=VOCAB, device=torch.device("cpu"))
+    assert rows.tokens.block_table.shape == (3, 1)

@@ -53,6 +53,13 @@ def run(*arguments: str) -> str:
     return result.output
 
 
+def test_stage_is_measured_alone_and_one_that_there_is_not_is_refused(directory: Path) -> None:
+    arguments = [str(directory), *QUICK, "--batch", "2", "--prompt", "20", "--prefill", "", "--pp"]
+    assert "in stage 0 of 2 runs alone" in run(*arguments, "2", "--kv-cache-gb", "0.01")
+    result = CliRunner().invoke(bench_engine.main, [*arguments, "2", "--pp-rank", "2"])
+    assert result.exit_code == 1 and "pp_rank 2 is not one of pp_size 2" in result.output
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("slow_clock")
 def test_rows_hold_the_clocks_times_and_the_floor_of_the_share(directory: Path) -> None:
