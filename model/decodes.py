@@ -15,6 +15,7 @@ Everything here is captured in a CUDA graph: shapes are fixed, and rows that tak
 are replaced by the null row.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -54,7 +55,22 @@ def fill_inputs(
     return table, seq_lens
 
 
-def accept(logits: Tensor, lines: Tensor, num_decodes: int, query_len: int, rows: Rows) -> Sampled:
+Accepts = Callable[[Rows, Tensor, int, Tensor, Tensor], Tensor]
+"""Rows, row of each line, place of the draft (from 0), draft and choice of each: [B] bool."""
+
+
+def same_token(_rows: Rows, _row: Tensor, _place: int, draft: Tensor, chosen: Tensor) -> Tensor:
+    return draft == chosen
+
+
+def accept(
+    logits: Tensor,
+    lines: Tensor,
+    num_decodes: int,
+    query_len: int,
+    rows: Rows,
+    accepts: Accepts = same_token,
+) -> Sampled:
     """Chooses a token for each line and appends it to the line's row; of a decode, for as long as
     its drafts are what is chosen, up to `query_len` of them.
 
@@ -71,7 +87,7 @@ def accept(logits: Tensor, lines: Tensor, num_decodes: int, query_len: int, rows
     chosen: list[Tensor] = []
     for i in range(query_len - 1):
         chosen.append(sampler.choose(each[:, i], left, rows, drafts[:, i]))
-        right = (left != rows.null) & (drafts[:, i] == chosen[-1])
+        right = (left != rows.null) & accepts(rows, row, i, drafts[:, i], chosen[-1])
         left = left.masked_fill(~right, rows.null)
         num_tokens += right
     chosen.append(sampler.choose(each[:, -1], left, rows))

@@ -28,8 +28,23 @@ class WeightBytes(NamedTuple):
 def weight_bytes(config: ModelConfig, layout: Layout, itemsize: int = 2) -> WeightBytes:
     """`itemsize`: bytes of an activation. In it the absorbed attention keeps kv_b, dequantised
     (W_UK and W_UV). The embedding, of which a step reads a row for each token, is left out."""
+    return _sum(config, layout, checkpoint.targets(config, layout), itemsize)
+
+
+@functools.cache
+def mtp_bytes(config: ModelConfig, layout: Layout, itemsize: int = 2) -> WeightBytes:
+    """The same of one pass of the MTP layer, without the head."""
+    without = checkpoint.targets(config, layout)
+    every = checkpoint.targets(config, layout, mtp=True)
+    own = {name: spec for name, spec in every.items() if name not in without}
+    return _sum(config, layout, own, itemsize)
+
+
+def _sum(
+    config: ModelConfig, layout: Layout, targets: dict[str, checkpoint.TargetSpec], itemsize: int
+) -> WeightBytes:
     every_step = routed = 0
-    for name, spec in checkpoint.targets(config, layout).items():
+    for name, spec in targets.items():
         count = math.prod(spec.shape)
         if ".attn.kv_b" in name:
             every_step += 0 if spec.kind == "scale" else count * itemsize
@@ -67,14 +82,30 @@ def floor_bytes(
     context: float,
     itemsize: int = 2,
     entry_bytes: int = 0,
+    num_drafts: int = 0,
 ) -> float:
     """Bytes that a decode step of `batch` sequences must read on this rank: each weight that it
     touches, once, and the KV of `context` tokens (their mean) of each sequence.
 
     `entry_bytes`: of one token's KV in one layer; 0: unquantised, of `itemsize` bytes each number.
+    `num_drafts`: verified and made by the step; the MTP layer and the head are read once for each.
     """
     weights = weight_bytes(config, layout, itemsize)
-    share = expected_experts(config, layout, batch) / len(layout.experts(config))
-    entry_bytes = entry_bytes or config.latent_dim * itemsize
-    kv_bytes = batch * context * entry_bytes * len(layout.layers(config))
-    return weights.every_step + weights.routed * share + kv_bytes
+    kv_layer_bytes = batch * context * (entry_bytes or config.latent_dim * itemsize)
+    num_bytes = weights.every_step + kv_layer_bytes * len(layout.layers(config))
+    num_bytes += weights.routed * _share(config, layout, batch * (1 + num_drafts))
+    if num_drafts:
+        own = mtp_bytes(config, layout, itemsize)
+        head = math.prod((len(layout.vocabulary(config)), config.hidden_size))
+        passes = num_drafts * (own.every_step + kv_layer_bytes)
+        passes += num_drafts * head * _itemsize(config, "lm_head", itemsize)
+        # The first pass goes over every token of the step, the others over one of each sequence.
+        for num_tokens in (batch * (1 + num_drafts), *[batch] * (num_drafts - 1)):
+            passes += own.routed * _share(config, layout, num_tokens)
+        num_bytes += passes
+    return num_bytes
+
+
+def _share(config: ModelConfig, layout: Layout, num_tokens: int) -> float:
+    """Of the rank's routed experts of a layer, those that so many of its own tokens touch."""
+    return expected_experts(config, layout, num_tokens) / len(layout.experts(config))

@@ -18,7 +18,7 @@ from ..kernels import step as kernels
 from . import sampler
 from .batch import ForwardBatch, Sampled
 from .chunks import ChunkPlan
-from .decodes import Drafter, accept, empty_inputs, fill_inputs, last_accepted, received
+from .decodes import Drafter, accept, empty_inputs, fill_inputs, last_accepted, received, same_token
 from .deepseek import DeepseekV3
 from .graphs import DecodeGraphs
 from .host_blocks import HostBlocks
@@ -89,6 +89,8 @@ class Runner:
         """Where blocks of the cache are offloaded to; None: no step may ask for that."""
         self.device = rows.device
         self.drafter = None if mtp is None else Drafter(mtp, rows)
+        self.accepts = same_token
+        """Which drafts become tokens; measurements of random weights change it."""
         self.graphs = DecodeGraphs(self.decode, self.device)
         self._clock = StepClock(self.device)
         self._logits: Tensor | None = None
@@ -188,7 +190,7 @@ class Runner:
         if not self.model.has_head:
             return received(self.model.stages.receive_tokens(lines), lines, self.rows)
         logits = self.model.logits(hidden, None if logits is None else logits[: len(hidden)])
-        return accept(logits, lines, num_decodes, query_len, self.rows)
+        return accept(logits, lines, num_decodes, query_len, self.rows, self.accepts)
 
     def maps(self) -> set[tuple[int, int]]:
         """(N, K) of every dense linear map of the layers, the MTP layer's included."""

@@ -7,7 +7,8 @@ Decode: `batch` prompts are computed, then every row decodes; the time of a step
 results. floor: what the step must read (`model/plan.py`) / the read bandwidth measured before.
 Prefill: distinct prompts, one token each. The weights are random unless `--load-format auto`; with
 `--tp`, `--ep` or `--pp` one rank's share runs alone, its exchanges left out. Without are the daemon
-and the wire between the processes.
+and the wire between the processes. With `--mtp N` every step verifies and makes N drafts, of which
+so many are accepted as `--accepted` says.
 
 `--trace DIR` profiles a few steps more at each batch, writes a Chrome trace of each, and says how
 long the GPU was busy and idle; the profiler's own cost is in the idle time.
@@ -32,6 +33,7 @@ from ..model.config import CheckpointError, ModelConfig
 from ..model.parallel import Layout
 from ..model.plan import floor_bytes
 from ..model.runner import InFlight
+from .forced_acceptance import force
 from .local_engine import LocalEngine
 
 WARMUP_STEPS = 8
@@ -55,6 +57,7 @@ class Driver:
         self.sampling = sampling
         self.vocab_size = engine.ready.vocab_size
         self.max_num_tokens = engine.ready.max_num_tokens
+        self.num_nextn = engine.ready.num_nextn
         self.scheduler = engine.scheduler()
         self._random = torch.Generator().manual_seed(0)
         self._num_requests = 0
@@ -116,22 +119,26 @@ class Decode:
     p99_ms: float
     mean_ms: float
     tokens_per_s: float
+    tokens_per_step: float
+    """Of a row."""
     floor_gb: float
     floor_ms: float
     of_floor: float
     busy: Busy | None
 
 
-def max_tokens(point: Point, steps: int, max_num_tokens: int) -> int:
+def max_tokens(point: Point, steps: int, max_num_tokens: int, num_nextn: int = 0) -> int:
     """More than a row can generate before the measurement ends: the first rows decode while the
-    last prompts are computed."""
-    prefill_steps = math.ceil(point.batch * point.prompt / (max_num_tokens - point.batch))
-    return prefill_steps + 2 * PIPELINE_DEPTH + WARMUP_STEPS + steps + TRACE_STEPS
+    last prompts are computed, in what half of a step's tokens at least leave for them."""
+    room = (max_num_tokens - point.batch) // (2 if num_nextn else 1)
+    prefill_steps = math.ceil(point.batch * point.prompt / room)
+    num_steps = prefill_steps + 2 * PIPELINE_DEPTH + WARMUP_STEPS + steps + TRACE_STEPS
+    return num_steps * (1 + num_nextn)
 
 
 def start_decoding(driver: Driver, point: Point, steps: int) -> list[Request]:
     """Until every row of the point decodes and the pipeline is warm. Raises ClickException."""
-    limit = max_tokens(point, steps, driver.max_num_tokens)
+    limit = max_tokens(point, steps, driver.max_num_tokens, driver.num_nextn)
     requests = [driver.add(point.prompt, limit) for _ in range(point.batch)]
     warm = 0
     while warm < WARMUP_STEPS:
@@ -141,12 +148,13 @@ def start_decoding(driver: Driver, point: Point, steps: int) -> list[Request]:
                 f"batch {point.batch} with prompts of {point.prompt} tokens never ran as a whole: "
                 f"the KV cache of {driver.scheduler.stats().num_blocks} blocks is too small"
             )
-        warm += is_decode(step, point.batch)
+        warm += is_decode(step, point.batch, driver.num_nextn)
     return requests
 
 
-def is_decode(step: Step, batch: int) -> bool:
-    return step.mode == "decode" and len(step.decodes) == 4 * batch
+def is_decode(step: Step, batch: int, num_drafts: int) -> bool:
+    whole = step.mode == "decode" and len(step.decodes) == 4 * batch
+    return whole and step.num_drafts == step.num_next_drafts == num_drafts
 
 
 def measure_decode(
@@ -154,15 +162,17 @@ def measure_decode(
 ) -> Decode:
     requests = start_decoding(driver, point, steps)
     lengths = [len(request.prompt_ids) + len(request.output_ids) for request in requests]
-    context = statistics.mean(lengths) + (steps - 1) / 2
     times_ms = []
     last = perf_counter()
     for _ in range(steps):
         step = driver.advance()
         now = perf_counter()
-        assert step is not None and is_decode(step, point.batch), step
+        assert step is not None and is_decode(step, point.batch, driver.num_nextn), step
         times_ms.append((now - last) * 1000)
         last = now
+    later = [len(request.prompt_ids) + len(request.output_ids) for request in requests]
+    per_step = statistics.mean(later[i] - lengths[i] for i in range(point.batch)) / steps
+    context = statistics.mean(lengths) + per_step * (steps - 1) / 2
     busy = None
     if trace_dir is not None:
         busy = trace(driver, trace_dir / f"decode-{point.batch}x{point.prompt}.json")
@@ -176,7 +186,8 @@ def measure_decode(
         median_ms=median_ms,
         p99_ms=sorted(times_ms)[math.ceil(0.99 * steps) - 1],
         mean_ms=statistics.mean(times_ms),
-        tokens_per_s=point.batch * 1000 / statistics.mean(times_ms),
+        tokens_per_s=point.batch * per_step * 1000 / statistics.mean(times_ms),
+        tokens_per_step=per_step,
         floor_gb=num_bytes / 1e9,
         floor_ms=floor_ms,
         of_floor=floor_ms / median_ms,
@@ -190,9 +201,11 @@ class Floor(NamedTuple):
     itemsize: int
     bandwidth: float
     """Bytes/s."""
+    num_drafts: int = 0
 
     def num_bytes(self, batch: int, context: float) -> float:
-        return floor_bytes(self.config, self.layout, batch, context, self.itemsize)
+        own = (self.config, self.layout, batch, context, self.itemsize)
+        return floor_bytes(*own, num_drafts=self.num_drafts)
 
 
 def read_bandwidth(device: torch.device) -> float:
@@ -288,7 +301,8 @@ def points(text: str, prompt: int) -> list[Point]:
 
 
 DECODE_HEADER = (
-    f"{'batch':>6} {'context':>8} {'ms/step':>8} {'p99':>8} {'mean':>8} {'tok/s':>9} "
+    f"{'batch':>6} {'context':>8} {'ms/step':>8} {'p99':>8} {'mean':>8} {'tok/step':>8} "
+    f"{'tok/s':>9} "
     f"{'floor GB':>9} {'floor ms':>9} {'of floor':>8}"
 )
 BUSY_HEADER = f" {'busy ms':>8} {'idle ms':>8} {'kernels':>8}"
@@ -298,7 +312,8 @@ PREFILL_HEADER = f"{'prompt':>8} {'prompts':>8} {'tok/s':>10} {'worst':>10}"
 def decode_line(row: Decode) -> str:
     line = (
         f"{row.batch:6} {row.context:8.0f} {row.median_ms:8.3f} {row.p99_ms:8.3f} "
-        f"{row.mean_ms:8.3f} {row.tokens_per_s:9.0f} {row.floor_gb:9.3f} {row.floor_ms:9.3f} "
+        f"{row.mean_ms:8.3f} {row.tokens_per_step:8.2f} {row.tokens_per_s:9.0f} "
+        f"{row.floor_gb:9.3f} {row.floor_ms:9.3f} "
         f"{row.of_floor:8.0%}"
     )
     if row.busy is None:
@@ -321,7 +336,10 @@ def open_engine(
     max_batch_size = max(point.batch for point in wanted)
     if max_num_tokens <= max_batch_size:
         raise click.BadParameter(f"max_num_tokens {max_num_tokens} <= batch {max_batch_size}")
-    lengths = [point.prompt + max_tokens(point, steps, max_num_tokens) for point in wanted]
+    num_nextn = options["num_nextn"]
+    lengths = [
+        point.prompt + max_tokens(point, steps, max_num_tokens, num_nextn) for point in wanted
+    ]
     return LocalEngine(
         model_dir,
         layout=layout,
@@ -356,6 +374,10 @@ def describe(engine: LocalEngine, layout: Layout, bandwidth: float) -> str:
 @click.option("--pp-size", "--pp", default=1, show_default=True)
 @click.option("--pp-rank", default=0, show_default=True, help="The stage that is measured.")
 @click.option("--enable-attention-dp", is_flag=True)
+@click.option("--mtp", "num_nextn", default=0, show_default=True, help="Drafts of each step.")
+@click.option(
+    "--accepted", default=2.82, show_default=True, help="Tokens a step, whatever the drafts are."
+)
 @click.option("--max-num-tokens", default=8192, show_default=True, help="Tokens in one step.")
 @click.option("--load-format", type=click.Choice(["dummy", "auto"]), default="dummy")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
@@ -393,15 +415,17 @@ def bench(directory: Path, device: torch.device, **given: Any) -> None:
         pp_rank=given["pp_rank"],
         attention_dp=given["enable_attention_dp"],
     )
-    names = ("max_num_tokens", "load_format", "dtype", "act_quant", "kv_cache_gb")
+    names = ("max_num_tokens", "load_format", "dtype", "act_quant", "kv_cache_gb", "num_nextn")
     options = {key: given[key] for key in names} | {"steps": steps, "device": device.type}
     bandwidth = read_bandwidth(device)
     engine = open_engine(directory, layout, wanted, prefills, **options)
     click.echo(describe(engine, layout, bandwidth))
     sampling = Sampling(temperature=given["temperature"], top_p=given["top_p"])
+    if num_nextn := given["num_nextn"]:
+        force(engine.runner, min(given["accepted"], num_nextn + 1))
     driver = Driver(engine, sampling)
     itemsize = getattr(torch, engine.ready.dtype).itemsize
-    floor = Floor(ModelConfig.load(directory), layout, itemsize, bandwidth)
+    floor = Floor(ModelConfig.load(directory), layout, itemsize, bandwidth, num_nextn)
 
     click.echo(f"\n{DECODE_HEADER}{'' if given['trace_dir'] is None else BUSY_HEADER}")
     rows: list[Decode | Prefill] = []
