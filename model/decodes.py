@@ -143,30 +143,31 @@ class Drafter:
         num_drafts: int,
         cache: KVCache,
     ) -> None:
-        """Computes the layer where the model was computed, which keeps its KV without a hole, and
-        drafts for `lines`.
+        """Writes the layer's KV where the model was computed, so that it has no hole; then computes
+        it for the last token but one of each of `lines`, and on from there, a draft each.
 
         hidden: [T, hidden] of the model; batch: its places, with the token behind each as input id
         lines: [S] int32, rows; last: [S] int64, where in `batch` each row's last token but one is
         """
-        hidden = self.mtp.forward(hidden, batch, cache)
+        self.mtp.store(hidden, batch, cache)
         if not num_drafts or not len(lines):
             return
-        hidden = hidden[last]
-        torch.sub(self.rows.tokens.num_tokens, 1, out=self._ahead)
-        drafts = [self._choose(hidden, lines)]
-        while len(drafts) < num_drafts:
-            hidden = self.mtp.forward(hidden, self._next_batch(lines, drafts[-1]), cache)
-            drafts.append(self._choose(hidden, lines))
+        hidden, following = hidden[last], batch.inputs.input_ids[last]
+        torch.sub(self.rows.tokens.num_tokens, 2, out=self._ahead)
+        drafts: list[Tensor] = []
+        for _ in range(num_drafts):
+            hidden = self.mtp.forward(hidden, self._next_batch(lines, following), cache)
+            following = self._choose(hidden, lines)
+            drafts.append(following)
         self.rows.drafts[lines.long(), :num_drafts] = torch.stack(drafts, dim=1).int()
 
     def _choose(self, hidden: Tensor, lines: Tensor) -> Tensor:
         torch.add(self._ahead, 1, out=self._position)
         return sample.sample_rows(self.mtp.model.logits(hidden), lines, self._choice)
 
-    def _next_batch(self, lines: Tensor, drafts: Tensor) -> ForwardBatch:
-        """One position further, followed by the draft. What is read as the row's token there is
-        not known yet, and not used."""
+    def _next_batch(self, lines: Tensor, following: Tensor) -> ForwardBatch:
+        """The next position of each line, with the token behind it, [S] int64. What is read as the
+        row's token there may not be known yet, and is not used."""
         inputs = empty_inputs(len(lines), self.mtp.model)
         where = fill_inputs(self._tokens, lines, None, 1, self.mtp.model, inputs)
-        return ForwardBatch(inputs, len(lines), *where, None).following(drafts)
+        return ForwardBatch(inputs, len(lines), *where, None).following(following)

@@ -73,18 +73,9 @@ class MLA:
     ) -> Tensor:
         """x: [T, hidden], cache: this layer's -> [T, hidden]."""
         config, inputs, num_decodes = self.config, batch.inputs, batch.num_decode_tokens
-        parts = [down(x) for down in self.down]
-        q_in, kv_a = (
-            parts
-            if len(parts) == 2
-            else parts[0].split([parts[0].shape[1] - config.latent_dim, config.latent_dim], dim=1)
-        )
+        q_in, kv_latent, k_pe = self.store(x, inputs, cache)
         q = q_in if self.q_a_norm is None else self.q(self.q_a_norm(q_in))
         q = q.view(-1, self.heads, config.qk_head_dim)
-        kv_latent, k_pe = fused.norm_rope_store(
-            kv_a, self.kv_a_norm, config.rms_norm_eps, inputs.cos, inputs.sin, cache,
-            inputs.slot_mapping,
-        )  # fmt: skip
         if batch.prefills is None:
             return self.o(self._decode(q, batch, cache, schedule).flatten(1))
         rest = slice(num_decodes, None)
@@ -95,6 +86,24 @@ class MLA:
             decoded = self._decode(q[:num_decodes], batch, cache, schedule)
             out = torch.cat((decoded, out))
         return self.o(out.flatten(1))
+
+    def store(
+        self, x: Tensor | Quantized, inputs: Inputs, cache: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Writes the tokens' KV. x: [T, hidden] -> what q is made of [T, q_lora_rank, or all heads
+        of q], latents [T, R], k_pe [T, P]."""
+        config = self.config
+        parts = [down(x) for down in self.down]
+        q_in, kv_a = (
+            parts
+            if len(parts) == 2
+            else parts[0].split([parts[0].shape[1] - config.latent_dim, config.latent_dim], dim=1)
+        )
+        kv_latent, k_pe = fused.norm_rope_store(
+            kv_a, self.kv_a_norm, config.rms_norm_eps, inputs.cos, inputs.sin, cache,
+            inputs.slot_mapping,
+        )  # fmt: skip
+        return q_in, kv_latent, k_pe
 
     def _decode(
         self, q: Tensor, batch: ForwardBatch, cache: Tensor, schedule: Schedule | None

@@ -54,15 +54,25 @@ class MTP:
         """hidden: [T, hidden] of the model or of this layer, after its norm; batch: the places of
         `hidden`, with the token behind each as input id -> [T, hidden] after the norm; for the
         model's `logits`."""
-        model, eps, numerics = self.model, self.config.rms_norm_eps, self.model.numerics
-        following = fused.embedding(model.embed, batch.inputs.input_ids, model.dtype)
-        following = fused.rms_norm(following, self.enorm, eps)
-        both = torch.cat((following, fused.rms_norm(hidden, self.hnorm, eps)), dim=-1)
-        own = cache.layers[-1]
+        eps, numerics, own = self.config.rms_norm_eps, self.model.numerics, cache.layers[-1]
         schedule = self.layer.attn.schedule(batch, own)
-        x, residual = self.layer(self.eh_proj(both), None, batch, own, schedule, numerics)
+        x = self._joined(hidden, batch)
+        x, residual = self.layer(x, None, batch, own, schedule, numerics)
         normed, _ = fused.add_rms_norm(x, residual, self.head_norm, eps)
         if numerics is not None:
             numerics.check("head_norm", normed)
             numerics.finish()
         return normed
+
+    def store(self, hidden: Tensor, batch: ForwardBatch, cache: KVCache) -> None:
+        """Writes the KV that `forward` would write, and computes nothing else."""
+        x = self.layer.input_norm(self._joined(hidden, batch))
+        self.layer.attn.store(x, batch.inputs, cache.layers[-1])
+
+    def _joined(self, hidden: Tensor, batch: ForwardBatch) -> Tensor:
+        """[T, hidden]: what the layer takes."""
+        model, eps = self.model, self.config.rms_norm_eps
+        following = fused.embedding(model.embed, batch.inputs.input_ids, model.dtype)
+        following = fused.rms_norm(following, self.enorm, eps)
+        both = torch.cat((following, fused.rms_norm(hidden, self.hnorm, eps)), dim=-1)
+        return self.eh_proj(both)

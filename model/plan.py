@@ -99,10 +99,7 @@ def floor_bytes(
         head = math.prod((len(layout.vocabulary(config)), config.hidden_size))
         passes = num_drafts * (own.every_step + kv_layer_bytes)
         passes += num_drafts * head * _itemsize(config, "lm_head", itemsize)
-        # The first pass goes over every token of the step, the others over one of each sequence.
-        for num_tokens in (batch * (1 + num_drafts), *[batch] * (num_drafts - 1)):
-            passes += own.routed * _share(config, layout, num_tokens)
-        num_bytes += passes
+        num_bytes += passes + num_drafts * own.routed * _share(config, layout, batch)
     return num_bytes
 
 
