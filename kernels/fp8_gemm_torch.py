@@ -1,8 +1,9 @@
 """The fp8 GEMM of torch's library (cuBLASLt), behind the same contract as ours: to compare with,
 and to fall back to.
 
-cuBLASLt multiplies 1x128 by 128x128 scales on Hopper alone, in multiples of 16 rows and columns;
-everything else is dequantised and multiplied in the dtype of the result.
+cuBLASLt multiplies 1x128 by 128x128 scales on Hopper alone, in multiples of 16 rows and columns,
+and rightly only where K is a multiple of 512 (its rows of scales are 16 bytes apart); everything
+else is dequantised and multiplied in the dtype of the result.
 """
 
 import torch
@@ -14,6 +15,8 @@ from .compat import has_wgmma
 from .quant import dequantize_128x128
 
 ROWS = 16
+DEPTH = 512
+"""A K that is no multiple of it gives wrong numbers in torch 2.11, without an error."""
 
 
 def fp8_gemm_nt_torch(
@@ -22,7 +25,7 @@ def fp8_gemm_nt_torch(
     """x: [T, K] float8_e4m3fn, x_scale: [T, ceil(K/128)] float32, w: [N, K] float8_e4m3fn, w_scale:
     [ceil(N/128), ceil(K/128)] float32 -> [T, N] out_dtype."""
     (m, k), n = x.shape, w.shape[0]
-    if has_wgmma(x) and out_dtype == torch.bfloat16 and k % 128 == 0 and n % 128 == 0:
+    if has_wgmma(x) and out_dtype == torch.bfloat16 and k % DEPTH == n % 128 == 0:
         padding = -m % ROWS
         if padding:
             x = F.pad(x.view(torch.uint8), (0, 0, 0, padding)).view(x.dtype)

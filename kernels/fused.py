@@ -1,4 +1,4 @@
-"""Per-token work between the GEMMs: norms, activation, rope, embedding, cache store.
+"""Per-token work between the GEMMs: norms, activation, rope, embedding.
 
 On the GPU every tensor of tokens has rows of unit stride; the rows may lie apart, so slices of
 wider tensors are read where they are. Arithmetic is float32, rounded where the twins round. A
@@ -12,7 +12,6 @@ from torch import Tensor, dtype, float32
 
 from . import reference
 from .compat import has_fp8, overlap, runs_kernels, wait_previous
-from .latent import as_words, holds, is_fp8, rope_at, scale_at, value_at
 from .quant import empty_scale, quantize_1x128, store_quantized
 
 SILU_GROUPS = 8
@@ -187,78 +186,6 @@ def embedding(weight: Tensor, ids: Tensor, out_dtype: dtype) -> Tensor:
     return out
 
 
-def store_latent(cache: Tensor, kv_latent: Tensor, k_pe: Tensor, slot_mapping: Tensor) -> None:
-    """Writes a step's latents into the paged cache.
-
-    cache: of either kind that `latent.py` knows, contiguous; slots that are not named stay as they
-    are; an fp8 one gets the latent with a scale for each token, and k_pe as fp16
-    kv_latent: [T, R] (normed), k_pe: [T, P] (rotated)
-    slot_mapping: [T] int64, block * block_size + offset; the slots of block 0 may repeat
-    """
-    rank, rope = kv_latent.shape[1], k_pe.shape[1]
-    assert cache.is_contiguous() and holds(cache, rank, rope), (cache.shape, rank, rope)
-    assert slot_mapping.shape == kv_latent.shape[:1], (slot_mapping.shape, kv_latent.shape)
-    if not stores_by_kernel(cache):
-        reference.store_latent(cache, kv_latent, k_pe, slot_mapping)
-        return
-    assert kv_latent.stride(1) == 1 and k_pe.stride(1) == 1, (kv_latent.stride(), k_pe.stride())
-    assert slot_mapping.is_contiguous(), slot_mapping.stride()
-    _store_latent[kv_latent.shape[:1]](
-        *cache_words(cache), kv_latent, k_pe, slot_mapping, kv_latent.stride(0), k_pe.stride(0),
-        RANK=rank, ROPE=rope, RANK_BLOCK=triton.next_power_of_2(rank),
-        ROPE_BLOCK=triton.next_power_of_2(rope), BLOCK_SIZE=cache.shape[1], ENTRY=cache.shape[2],
-        FP8=is_fp8(cache), num_warps=2
-    )  # fmt: skip
-
-
-def stores_by_kernel(cache: Tensor) -> bool:
-    """Triton refuses to make e4m3 where tensor cores do not know it; the twin takes its place."""
-    return runs_kernels(cache) and (has_fp8(cache) or not is_fp8(cache))
-
-
-def cache_words(cache: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The cache as entries, 16-bit and 32-bit words; only an fp8 cache has more than entries."""
-    return as_words(cache) if is_fp8(cache) else (cache, cache, cache)
-
-
-def norm_rope_store(
-    kv_a: Tensor,
-    weight: Tensor,
-    eps: float,
-    cos: Tensor,
-    sin: Tensor,
-    cache: Tensor,
-    slot_mapping: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """What `rms_norm`, `apply_rope` and `store_latent` do to the output of kv_a, at once.
-
-    kv_a: [T, R + P], R = weight's length; cos, sin: [T, P/2] float32, contiguous
-    cache: of either kind, contiguous; slot_mapping: [T] int64
-    -> kv_latent [T, R], k_pe [T, P] in kv_a's dtype, as they were before any quantisation
-    """
-    rank = weight.shape[0]
-    rope = kv_a.shape[1] - rank
-    assert cache.is_contiguous() and holds(cache, rank, rope), (cache.shape, kv_a.shape)
-    assert cos.dtype == float32 and cos.shape == sin.shape == (kv_a.shape[0], rope // 2), cos.shape
-    assert slot_mapping.shape == kv_a.shape[:1], (slot_mapping.shape, kv_a.shape)
-    if not stores_by_kernel(cache):
-        kv_latent = reference.rms_norm(kv_a[:, :rank], weight, eps)
-        k_pe = reference.apply_rope(kv_a[:, rank:], cos, sin)
-        reference.store_latent(cache, kv_latent, k_pe, slot_mapping)
-        return kv_latent, k_pe
-    assert kv_a.stride(1) == 1 and weight.is_contiguous(), (kv_a.stride(), weight.stride())
-    assert cos.is_contiguous() and sin.is_contiguous() and slot_mapping.is_contiguous()
-    kv_latent = torch.empty(kv_a.shape[0], rank, dtype=kv_a.dtype, device=kv_a.device)
-    k_pe = torch.empty(kv_a.shape[0], rope, dtype=kv_a.dtype, device=kv_a.device)
-    _norm_rope_store[kv_a.shape[:1]](
-        kv_a, weight, cos, sin, *cache_words(cache), slot_mapping, kv_latent, k_pe, eps,
-        kv_a.stride(0), RANK=rank, ROPE=rope, RANK_BLOCK=triton.next_power_of_2(rank),
-        PAIRS=triton.next_power_of_2(rope // 2), BLOCK_SIZE=cache.shape[1], ENTRY=cache.shape[2],
-        FP8=is_fp8(cache), num_warps=2, **overlap(cache)
-    )  # fmt: skip
-    return kv_latent, k_pe
-
-
 @triton.jit
 def _weighted(x, weight, eps, WIDTH: tl.constexpr, dtype: tl.constexpr):
     """x: float32, zero behind WIDTH -> x / rms(x) * weight, rounded before and after it."""
@@ -296,6 +223,18 @@ def _norm(
         store_quantized(normed.to(tl.float32), group, out, scale, scale_group_stride, WIDTH, UE8M0)
 
 
+@triton.jit
+def activated(gate_up, group, WIDTH: tl.constexpr):
+    """silu(gate) * up of a row: its blocks of 128 in `group`, [GROUPS, 128], zero behind WIDTH."""
+    at = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+    mask = at < WIDTH
+    dtype: tl.constexpr = gate_up.dtype.element_ty
+    gate = tl.load(gate_up + at, mask, 0.0).to(tl.float32)
+    up = tl.load(gate_up + WIDTH + at, mask, 0.0).to(tl.float32)
+    active = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    return (active * up).to(dtype)
+
+
 @triton.jit(do_not_specialize=["scale_token_stride", "scale_group_stride"])
 def _silu_mul(
     gate_up, out, scale, stride, scale_token_stride, scale_group_stride, WIDTH: tl.constexpr,
@@ -304,16 +243,11 @@ def _silu_mul(
     wait_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-    at = group[:, None] * 128 + tl.arange(0, 128)[None, :]
-    mask = at < WIDTH
-    dtype: tl.constexpr = gate_up.dtype.element_ty
-    gate = tl.load(gate_up + token * stride + at, mask, 0.0).to(tl.float32)
-    up = tl.load(gate_up + token * stride + WIDTH + at, mask, 0.0).to(tl.float32)
-    active = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-    value = (active * up).to(dtype)
+    value = activated(gate_up + token * stride, group, WIDTH)
     out += token * WIDTH
     if scale is None:
-        tl.store(out + at, value, mask)
+        at = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+        tl.store(out + at, value, at < WIDTH)
     else:
         scale += token * scale_token_stride
         store_quantized(value.to(tl.float32), group, out, scale, scale_group_stride, WIDTH, UE8M0)
@@ -360,72 +294,3 @@ def _embedding(weight, ids, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: 
     row = tl.load(ids + token).to(tl.int64)
     value = tl.load(weight + row * WIDTH + at, at < WIDTH)
     tl.store(out + token * WIDTH + at, value.to(out.dtype.element_ty), at < WIDTH)
-
-
-@triton.jit
-def _store_entry(
-    cache, cache16, cache32, index, latent, rope, at, column, RANK: tl.constexpr,
-    ROPE: tl.constexpr, BLOCK_SIZE: tl.constexpr, ENTRY: tl.constexpr, FP8: tl.constexpr
-):  # fmt: skip
-    """Writes slot `index` of the cache. latent, rope: any shapes, zero behind RANK and ROPE; at,
-    column: of which elements."""
-    if FP8:
-        page = index // BLOCK_SIZE
-        slot = index % BLOCK_SIZE
-        wide = latent.to(tl.float32)
-        scale = tl.div_rn(tl.maximum(tl.max(tl.abs(wide)), 1e-12), 448.0)
-        values = cache + value_at(page, slot, RANK, ROPE, BLOCK_SIZE, ENTRY)
-        tl.store(values + at, tl.div_rn(wide, scale).to(tl.float8e4nv), at < RANK)
-        tl.store(cache32 + scale_at(page, slot, BLOCK_SIZE, ENTRY), scale)
-        half = tl.minimum(tl.maximum(rope.to(tl.float32), -65504.0), 65504.0).to(tl.float16)
-        tl.store(
-            cache16 + rope_at(page, slot, ROPE, BLOCK_SIZE, ENTRY) + column, half, column < ROPE
-        )
-    else:
-        entry = cache + index * ENTRY
-        tl.store(entry + at, latent.to(cache.dtype.element_ty), at < RANK)
-        tl.store(entry + RANK + column, rope.to(cache.dtype.element_ty), column < ROPE)
-
-
-@triton.jit(do_not_specialize_on_alignment=["slot_mapping"])
-def _store_latent(
-    cache, cache16, cache32, kv_latent, k_pe, slot_mapping, latent_stride, pe_stride,
-    RANK: tl.constexpr, ROPE: tl.constexpr, RANK_BLOCK: tl.constexpr, ROPE_BLOCK: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, ENTRY: tl.constexpr, FP8: tl.constexpr
-):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, RANK_BLOCK)
-    latent = tl.load(kv_latent + token * latent_stride + at, at < RANK, 0.0)
-    column = tl.arange(0, ROPE_BLOCK)
-    rope = tl.load(k_pe + token * pe_stride + column, column < ROPE, 0.0)
-    index = tl.load(slot_mapping + token)
-    _store_entry(
-        cache, cache16, cache32, index, latent, rope, at, column, RANK, ROPE, BLOCK_SIZE, ENTRY, FP8
-    )
-
-
-@triton.jit(do_not_specialize_on_alignment=["cos", "sin", "slot_mapping"])
-def _norm_rope_store(
-    kv_a, weight, cos, sin, cache, cache16, cache32, slot_mapping, kv_latent, k_pe, eps, stride,
-    RANK: tl.constexpr, ROPE: tl.constexpr, RANK_BLOCK: tl.constexpr, PAIRS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, ENTRY: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr
-):  # fmt: skip
-    wait_previous(PDL)
-    token = tl.program_id(0).to(tl.int64)
-    dtype: tl.constexpr = kv_a.dtype.element_ty
-    at = tl.arange(0, RANK_BLOCK)
-    mask = at < RANK
-    latent = tl.load(kv_a + token * stride + at, mask, 0.0).to(tl.float32)
-    latent = _weighted(latent, tl.load(weight + at, mask, 0.0), eps, RANK, dtype)
-    tl.store(kv_latent + token * RANK + at, latent, mask)
-    column = tl.arange(0, 2 * PAIRS)[None, :]
-    inside = column < ROPE
-    value = tl.load(kv_a + token * stride + RANK + column, inside, 0.0).to(tl.float32)
-    cosine, sine = _angles(cos, sin, token, ROPE, PAIRS)
-    rotated = _rotated(value, cosine, sine, 1, PAIRS).to(dtype)
-    tl.store(k_pe + token * ROPE + column, rotated, inside)
-    index = tl.load(slot_mapping + token)
-    _store_entry(
-        cache, cache16, cache32, index, latent, rotated, at, column, RANK, ROPE, BLOCK_SIZE, ENTRY,
-        FP8
-    )  # fmt: skip

@@ -31,10 +31,12 @@ from .fp8_gemm import (
 from .fp8_gemm_swap import MAX_REGISTERS, step
 from .fp8_gemm_swap import describe as describe_swap
 from .fp8_gemm_work import Tile
-from .moe_items import Tables, shared_table, tile_scales
+from .moe_items import Tables, Tiles, shared_table, tile_scales
 
 SWAP_ORDER = 64
 """As `TILE_ORDER`: row tiles of one expert are neighbours, and share its weight in L2."""
+SWAP_EXPECTED = 56
+"""Rows of an expert, on average, up to which `swap_kernel` is the faster."""
 SWAP_STAGES = {16: 8, 32: 8, 64: 6}
 """By tokens of a tile: two blocks fit an SM, with 96 to 128 KiB of weights under way."""
 
@@ -124,6 +126,23 @@ def grouped_gemm_nt_masked(
     return out
 
 
+def grouped_fp8_gemm_nt_tiled(
+    x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, tiles: Tiles, out: Tensor
+) -> Tensor:
+    """`grouped_fp8_gemm_nt_contiguous` of rows that `moe_dispatch` has cut into tiles, for few rows
+    to an expert and, on a GPU, where `moe_dispatch.dispatches`.
+
+    x_scale: [ceil(K/128), items * bm] float32, at `tiles.columns`; what is elsewhere does not count
+    """
+    _, n, k = w.shape
+    assert x.shape == (out.shape[0], k) and out.shape[1] == n, (x.shape, w.shape, out.shape)
+    assert x_scale.shape == (w_scale.shape[2], (len(tiles.table) - 1) * tiles.bm), x_scale.shape
+    assert w.is_contiguous() and w_scale.is_contiguous(), (w.stride(), w_scale.stride())
+    if not runs_kernels(x):
+        return by_item(x, x_scale, w, w_scale, tiles, out)
+    return launch_tiles(x, x_scale, w, w_scale, tiles.table, tiles.bm, out) if len(out) else out
+
+
 def check_grouped(
     x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Tensor | None, sizes: Tensor, out: Tensor
 ) -> None:
@@ -175,6 +194,19 @@ def by_expert(
     return out
 
 
+def by_item(
+    x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, tiles: Tiles, out: Tensor
+) -> Tensor:
+    """The twin of `swap_kernel` alone: one reference GEMM for each item."""
+    items = tiles.table[1 : 1 + int(tiles.table[0, 0])].tolist()
+    for item, (expert, first, start, end) in enumerate(items):
+        begin = start + (item - first) * tiles.bm
+        rows = slice(begin, min(end, begin + tiles.bm))
+        scale = x_scale[:, item * tiles.bm :][:, : rows.stop - begin].t()
+        out[rows] = reference.fp8_gemm_nt(x[rows], scale, w[expert], w_scale[expert], out.dtype)
+    return out
+
+
 # ---- launches -----------------------------------------------------------------------------------
 
 
@@ -196,7 +228,7 @@ def launch(
     fast = fast and w.shape[1] % 8 == 0
     if fast and tma_ready(x) and tma_ready(w) and tma_ready(out):
         assert x_scale is not None and w_scale is not None
-        run = launch_swap if expected <= 56 else launch_dense
+        run = launch_swap if expected <= SWAP_EXPECTED else launch_dense
         return run(x, x_scale, w, w_scale, sizes, rows, out, expected, tables)
     kind = "plain" if w_scale is None else "dequant" if x_scale is None else "scaled"
     tile = fp8_gemm_dot.choose_tile(expected, kind, x)
@@ -240,12 +272,29 @@ def launch_swap(
     expected: float,
     tables: Tables | None,
 ) -> Tensor:
-    """A tile of tokens holds most experts whole: their numbers scatter around the expected one."""
-    tokens = 16 if expected <= 6 else 32 if expected <= 18 else 64
+    tokens = swap_tokens(expected)
     table = shared_table(sizes, rows, x.shape[0], tokens, tables)
+    return launch_tiles(x, tile_scales(x_scale, table, tokens), w, w_scale, table, tokens, out)
+
+
+def swap_tokens(expected: float) -> int:
+    """A tile of tokens holds most experts whole: their numbers scatter around the expected one."""
+    return 16 if expected <= 6 else 32 if expected <= 18 else 64
+
+
+def launch_tiles(
+    x: Tensor,
+    x_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    table: Tensor,
+    tokens: int,
+    out: Tensor,
+) -> Tensor:
+    """x_scale: [ceil(K/128), items * tokens], in the order of the table's items."""
     _, n, k = w.shape
     swap_kernel[(2 * num_sms(x),)](
-        *describe_swap(x, tile_scales(x_scale, table, tokens), w.flatten(0, 1), tokens),
+        *describe_swap(x, x_scale, w.flatten(0, 1), tokens),
         w_scale, w_scale.stride(1),
         out, out.stride(0), table, -(-n // 64), n, -(-k // 128),
         STAGES=SWAP_STAGES[tokens], ORDER=SWAP_ORDER, num_warps=4, maxnreg=MAX_REGISTERS[tokens],

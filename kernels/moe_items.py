@@ -6,6 +6,8 @@ items     (0, 0, 0, 5)                    (2, 1, 5, 42) x 3          expert, its
 ```
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +23,22 @@ Tables = dict[int, Tensor]
 """`item_table`s of the same groups by `bm`, filled as they are needed."""
 
 
+class Tiles(NamedTuple):
+    """P rows sorted by expert, cut into items of `bm`."""
+
+    table: Tensor
+    """As `item_table` makes it."""
+    columns: Tensor
+    """[P] int32: where a row's scales lie among those of all items, `bm` to each; -1: no expert
+    takes the row."""
+    bm: int
+
+
+def most_items(experts: int, num_rows: int, bm: int) -> int:
+    """Into which so many rows can be cut."""
+    return experts + num_rows // bm
+
+
 def item_table(sizes: Tensor, rows: int, num_rows: int, bm: int) -> Tensor:
     """Cuts groups into items of `bm` rows.
 
@@ -29,8 +47,9 @@ def item_table(sizes: Tensor, rows: int, num_rows: int, bm: int) -> Tensor:
     expert's first item, first row, row behind the last). What is behind the items is not written.
     """
     experts = sizes.shape[0]
-    most = experts + num_rows // bm
-    table = torch.empty(1 + most, 4, dtype=torch.int32, device=sizes.device)
+    table = torch.empty(
+        1 + most_items(experts, num_rows, bm), 4, dtype=torch.int32, device=sizes.device
+    )
     padded = triton.next_power_of_2(experts)
     item_table_kernel[(TABLE_PROGRAMS,)](
         sizes, table, experts, rows, BM=bm, PADDED=padded, **overlap(sizes)

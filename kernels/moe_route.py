@@ -1,4 +1,4 @@
-"""From router logits to rows sorted by expert, and back."""
+"""From the experts that tokens chose to rows sorted by expert, and back."""
 
 import torch
 import triton
@@ -13,43 +13,6 @@ COMBINE_BLOCK = 1024
 """Columns that one program of `combine_experts` sums."""
 GATHER_BLOCK = 4096
 """Columns that one program of `gather_rows` copies."""
-
-
-def moe_gate(
-    logits: Tensor,
-    bias: Tensor,
-    n_group: int,
-    topk_group: int,
-    top_k: int,
-    norm_topk_prob: bool,
-    routed_scaling_factor: float,
-) -> tuple[Tensor, Tensor]:
-    """Sigmoid gate with correction bias and group-limited top-k; ties go to the lowest index.
-
-    logits: [T, E] float32, contiguous (GPU)
-    bias: [E] float, added for the choice alone
-    -> topk_ids [T, top_k] int64, best first, topk_weights [T, top_k] float32
-    """
-    assert logits.dtype == float32 and logits.shape[1] == bias.shape[0], (logits.shape, bias.shape)
-    assert logits.shape[1] % n_group == 0 and topk_group <= n_group
-    if not runs_kernels(logits):
-        return reference.moe_gate(
-            logits, bias, n_group, topk_group, top_k, norm_topk_prob, routed_scaling_factor
-        )
-    num_tokens, n_experts = logits.shape
-    size = n_experts // n_group
-    assert top_k <= topk_group * size, f"{top_k=} > {topk_group=} * {size=}"
-    assert logits.is_contiguous() and bias.is_contiguous(), (logits.stride(), bias.stride())
-    topk_ids = torch.empty(num_tokens, top_k, dtype=torch.int64, device=logits.device)
-    topk_weights = torch.empty(num_tokens, top_k, dtype=float32, device=logits.device)
-    _gate[(num_tokens,)](
-        logits, bias, topk_ids, topk_weights, routed_scaling_factor, GROUPS=n_group,
-        SIZE=size, KEPT=topk_group, TOP_K=top_k, NORM=norm_topk_prob,
-        GROUPS_BLOCK=triton.next_power_of_2(n_group),
-        SIZE_BLOCK=triton.next_power_of_2(size), TOP_K_BLOCK=triton.next_power_of_2(top_k),
-        num_warps=1, **overlap(logits)
-    )  # fmt: skip
-    return topk_ids, topk_weights
 
 
 def permute_by_expert(
@@ -163,68 +126,6 @@ def combine_experts(
     return out
 
 
-@triton.jit
-def _kept(choice, index, GROUPS: tl.constexpr, SIZE: tl.constexpr, KEPT: tl.constexpr):
-    """Which groups of choice [groups, experts] are among the KEPT best by the sum of their two
-    best, counting the groups that are better. index: [1, experts]."""
-    best, where = tl.max(choice, 1, return_indices=True)
-    score = best
-    if SIZE > 1:
-        score += tl.max(tl.where(index == where[:, None], float("-inf"), choice), 1)
-    group = tl.arange(0, choice.shape[0])
-    equal_and_first = (score[None, :] == score[:, None]) & (group[None, :] < group[:, None])
-    better = (score[None, :] > score[:, None]) | equal_and_first
-    return (tl.sum(better.to(tl.int32), 1) < KEPT) & (group < GROUPS)
-
-
-@triton.jit
-def _best(choice, GROUPS_BLOCK: tl.constexpr):
-    """The group of the best element, and its index there; the first of equals."""
-    best, index = tl.max(choice, 1, return_indices=True)
-    _, group = tl.max(best, 0, return_indices=True)
-    mine = tl.arange(0, GROUPS_BLOCK) == group
-    return group, tl.sum(tl.where(mine, index, 0), 0)
-
-
-@triton.jit
-def _gate(
-    logits, bias, topk_ids, topk_weights, factor, GROUPS: tl.constexpr, SIZE: tl.constexpr,
-    KEPT: tl.constexpr, TOP_K: tl.constexpr, NORM: tl.constexpr, GROUPS_BLOCK: tl.constexpr,
-    SIZE_BLOCK: tl.constexpr, TOP_K_BLOCK: tl.constexpr, PDL: tl.constexpr
-):  # fmt: skip
-    """One token: TOP_K rounds of argmax over [groups, experts of a group]."""
-    wait_previous(PDL)
-    token = tl.program_id(0).to(tl.int64)
-    group = tl.arange(0, GROUPS_BLOCK)[:, None]
-    index = tl.arange(0, SIZE_BLOCK)[None, :]
-    expert = group * SIZE + index
-    real = (group < GROUPS) & (index < SIZE)
-    logit = tl.load(logits + token * (GROUPS * SIZE) + expert, real, 0.0)
-    score = tl.sigmoid(logit)
-    choice = score + tl.load(bias + expert, real, 0.0).to(tl.float32)
-    # A NaN or -inf is a choice like others, or padding might win over it.
-    choice = tl.where(choice > -3.0e38, choice, -3.0e38)
-    choice = tl.where(real, choice, float("-inf"))
-    if GROUPS > 1:
-        kept = _kept(choice, index, GROUPS, SIZE, KEPT)
-        choice = tl.where(kept[:, None], choice, float("-inf"))
-    rank = tl.arange(0, TOP_K_BLOCK)
-    ids = tl.zeros((TOP_K_BLOCK,), tl.int32)
-    weights = tl.zeros((TOP_K_BLOCK,), tl.float32)
-    for k in tl.static_range(TOP_K):
-        best_group, best_index = _best(choice, GROUPS_BLOCK)
-        hit = (group == best_group) & (index == best_index)
-        weight = tl.sum(tl.sum(tl.where(hit, score, 0.0), 1), 0)
-        ids = tl.where(rank == k, best_group * SIZE + best_index, ids)
-        weights = tl.where(rank == k, weight, weights)
-        choice = tl.where(hit, float("-inf"), choice)
-    if NORM:
-        weights = tl.div_rn(weights, tl.sum(weights, 0) + 1e-20)
-    at = token * TOP_K + rank
-    tl.store(topk_ids + at, ids.to(tl.int64), rank < TOP_K)
-    tl.store(topk_weights + at, weights * factor, rank < TOP_K)
-
-
 @triton.jit(do_not_specialize=["num_pairs", "first_expert"])
 def _permute(
     topk_ids, order, offsets, place, num_pairs, first_expert, BLOCK: tl.constexpr,
@@ -281,7 +182,7 @@ def _combine(
 
 @triton.jit(
     do_not_specialize=[
-        "n_experts", "x_stride", "scale_token", "scale_group", "scales_token", "scales_group"
+        "n_experts", "scale_token", "scale_group", "scales_token", "scales_group"
     ]
 )  # fmt: skip
 def _gather(

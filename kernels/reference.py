@@ -155,6 +155,38 @@ def permute_by_expert(
     return order, offsets, place.masked_fill(outside, -1)
 
 
+def dispatch(
+    q: Tensor, scale: Tensor, topk_ids: Tensor, n_experts: int, first_expert: int, bm: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Rows in the order of `permute_by_expert`, and the items of `bm` into which each expert's are
+    cut: (rows [P, K], scales in the items' order [G, items * bm], place [P], table, columns [P]),
+    the last two as `moe_items.Tiles` has them."""
+    order, offsets, place = permute_by_expert(topk_ids, n_experts, first_expert)
+    sizes = offsets.diff(prepend=offsets.new_zeros(1))
+    items = (sizes + bm - 1) // bm
+    first = items.cumsum(0) - items
+    each = torch.arange(n_experts, device=q.device)
+    entries = torch.stack((each, first, offsets - sizes, offsets), 1).repeat_interleave(items, 0)
+    table = torch.zeros(1 + n_experts + len(order) // bm, 4, dtype=torch.int32, device=q.device)
+    table[0, 0] = len(entries)
+    table[1 : 1 + len(entries)] = entries
+    columns = torch.full((len(order),), -1, dtype=torch.int32, device=q.device)
+    expert = each.repeat_interleave(sizes)
+    row = torch.arange(len(expert), device=q.device)
+    columns[: len(expert)] = (first[expert] * bm + row - (offsets - sizes)[expert]).int()
+    token = order // topk_ids.shape[1]
+    rows = q.view(torch.uint8)[token].view(q.dtype)
+    return rows, tiled(scale[token], columns, (len(table) - 1) * bm), place, table, columns
+
+
+def tiled(scale: Tensor, columns: Tensor, size: int) -> Tensor:
+    """scale: [P, G] -> [G, size], each row at its column; zero elsewhere."""
+    out = torch.zeros(scale.shape[1], size, device=scale.device)
+    taken = columns >= 0
+    out[:, columns[taken].long()] = scale[taken].t()
+    return out
+
+
 def combine_experts(y: Tensor, place: Tensor, topk_weights: Tensor) -> Tensor:
     """Undoes `permute_by_expert` and sums each token's experts by weight.
 
@@ -201,6 +233,18 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return rotated.flatten(-2).to(x.dtype)
+
+
+def absorb(q: Tensor, w_uk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """q: [T, H, N + P], w_uk: [H, N, R], cos, sin: [T, P/2] -> [T, H, R + P] in q's dtype."""
+    nope = w_uk.shape[1]
+    absorbed = torch.bmm(q[..., :nope].transpose(0, 1), w_uk).transpose(0, 1)
+    return torch.cat((absorbed, apply_rope(q[..., nope:], cos, sin)), dim=-1)
+
+
+def expand(latent: Tensor, w_uv: Tensor) -> Tensor:
+    """latent: [T, H, R], w_uv: [H, R, V] -> [T, H, V] in latent's dtype."""
+    return torch.bmm(latent.transpose(0, 1), w_uv).transpose(0, 1).contiguous()
 
 
 def embedding(weight: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:

@@ -135,6 +135,7 @@ def _set_up_on_gpu(
             f"the largest steps need {pass_bytes / 1e9:.1f} GB beside weights and KV cache, "
             f"{missing / 1e9:.1f} GB more than there are"
         )
+    runner.largest_step_bytes = pass_bytes + staging_bytes
     captured = time.monotonic()
     compiled, loaded = compilations()
     notes.append(

@@ -169,7 +169,9 @@ def _mtp_layer(config: ModelConfig, layout: Layout) -> Iterator[TensorSpec]:
     name, target = f"model.layers.{layer}", f"layers.{layer}"
     yield _plain(f"{name}.enorm.weight", (hidden,), f"{target}.enorm")
     yield _plain(f"{name}.hnorm.weight", (hidden,), f"{target}.hnorm")
-    yield _plain(f"{name}.eh_proj.weight", (hidden, 2 * hidden), f"{target}.eh_proj")
+    part = range(hidden), layout.joined_width(config)
+    eh_proj = f"{name}.eh_proj.weight"
+    yield TensorSpec(eh_proj, (hidden, 2 * hidden), part, "plain", f"{target}.eh_proj")
     yield from _layer(config, layout, layer)
     yield _plain(f"{name}.shared_head.norm.weight", (hidden,), f"{target}.head_norm")
 

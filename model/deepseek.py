@@ -5,13 +5,12 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ..kernels import fused, gemm
-from ..kernels.mla_schedule import Schedule
 from .batch import ForwardBatch
 from .config import ModelConfig
 from .exchange import LoneStage
 from .kv_cache import KVCache
 from .layers import MLP, Arithmetic, Quantized, RMSNorm
-from .mla import MLA
+from .mla import MLA, LazySchedule
 from .moe import MoE
 from .numerics import Numerics
 from .parallel import WHOLE, Layout
@@ -45,7 +44,7 @@ class DecoderLayer:
         residual: Tensor | None,
         batch: ForwardBatch,
         cache: Tensor,
-        schedule: Schedule | None,
+        schedule: LazySchedule,
         numerics: Numerics | None,
     ) -> tuple[Tensor, Tensor]:
         """x: [T, hidden], the last layer's output that is not yet added to `residual`."""

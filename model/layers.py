@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels import fused, gemm, moe_route
+from ..kernels import fused, gemm, moe_gemm, moe_route
 from ..kernels.compat import has_wgmma
 from ..kernels.fp8_gemm_torch import fp8_gemm_nt_torch
-from ..kernels.moe_items import Tables
+from ..kernels.moe_items import Tables, Tiles
 from ..kernels.quant import quantize_1x128
 
 
@@ -74,6 +74,13 @@ class Linear:
         return gemm.grouped_fp8_linear(
             *x, self.weight, self.scale, offsets, mode.dtype, expected, tables
         )
+
+    def tiled(self, x: Quantized, tiles: Tiles) -> Tensor:
+        """`grouped` of rows that were dispatched, their scales in the tiles' order."""
+        assert self.scale is not None
+        shape = len(x.values), self.weight.shape[1]
+        out = torch.empty(shape, dtype=self._arithmetic.dtype, device=x.values.device)
+        return moe_gemm.grouped_fp8_gemm_nt_tiled(*x, self.weight, self.scale, tiles, out)
 
 
 class RMSNorm:

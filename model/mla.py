@@ -8,17 +8,26 @@ the rotated k_pe that all heads share:
                out_h = W_UV_h (softmax(q_h' entry) c_kv)         values their first kv_lora_rank
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..kernels import fused, mla, quant
+from ..kernels import fused, latent_store, mla, mla_absorb, quant
+from ..kernels.compat import has_wgmma
 from ..kernels.mla_schedule import Schedule
 from ..kernels.step import Inputs
 from .batch import Context, ForwardBatch, Prefills
+from .beside import beside
 from .config import FP8_BLOCK, ModelConfig
-from .layers import Arithmetic, Linear, Quantized, RMSNorm
+from .layers import Arithmetic, Linear, Quantized
+
+LazySchedule = Callable[[], Schedule | None]
+
+
+def _no_schedule() -> None:
+    return None
 
 
 class MLA:
@@ -30,12 +39,10 @@ class MLA:
         arithmetic: Arithmetic,
     ) -> None:
         self.config = config
+        self._arithmetic = arithmetic
         self.heads = config.num_attention_heads
-        eps = config.rms_norm_eps
         self.down = _down_projections(config, weights, name, arithmetic)
-        self.q_a_norm: RMSNorm | None = None
-        if config.q_lora_rank is not None:
-            self.q_a_norm = RMSNorm(weights[f"{name}.q_a_norm"], eps, arithmetic)
+        self.q_a_norm = None if config.q_lora_rank is None else weights[f"{name}.q_a_norm"]
         self.q = Linear.load(weights, f"{name}.q", arithmetic)
         self.kv_a_norm = weights[f"{name}.kv_a_norm"]
         self.kv_b = Linear.load(weights, f"{name}.kv_b", arithmetic)
@@ -54,44 +61,66 @@ class MLA:
         w_uk, w_uv = by_head.split([nope, v_dim], dim=1)
         return w_uk, w_uv.transpose(1, 2)
 
-    def schedule(self, batch: ForwardBatch, cache: Tensor) -> Schedule | None:
-        """How decode shares its work out: the same for every layer of a pass."""
+    def schedule(self, batch: ForwardBatch, cache: Tensor) -> LazySchedule:
+        """How decode shares its work out: the same for every layer of a pass. On the second stream:
+        it is short of nothing but time, and the first attention is kernels away."""
         if not (batch.num_decodes and cache.is_cuda):
-            return None
+            return _no_schedule
         config = self.config
         shape = (batch.num_decode_tokens, self.heads, config.latent_dim)
         q = torch.empty(shape, dtype=self.w_uk.dtype, device=cache.device)
         q = _by_sequence(q, batch)
-        return mla.decode_schedule(q, cache, batch.block_table, batch.seq_lens, config.kv_lora_rank)
+        args = (q, cache, batch.block_table, batch.seq_lens, config.kv_lora_rank)
+        return beside(partial(mla.decode_schedule, *args), cache.device)
 
     def __call__(
         self,
         x: Tensor | Quantized,
         batch: ForwardBatch,
         cache: Tensor,
-        schedule: Schedule | None,
+        schedule: LazySchedule,
     ) -> Tensor:
         """x: [T, hidden], cache: this layer's -> [T, hidden]."""
         config, inputs, num_decodes = self.config, batch.inputs, batch.num_decode_tokens
-        q_in, kv_latent, k_pe = self.store(x, inputs, cache)
-        q = q_in if self.q_a_norm is None else self.q(self.q_a_norm(q_in))
+        q, kv_latent, k_pe = self._queries(x, inputs, cache)
         q = q.view(-1, self.heads, config.qk_head_dim)
         if batch.prefills is None:
-            return self.o(self._decode(q, batch, cache, schedule).flatten(1))
+            return self.o(self._values(self._decode(q, batch, cache, schedule)))
         rest = slice(num_decodes, None)
         out = self._prefill(
             q[rest], kv_latent[rest], k_pe[rest], inputs, num_decodes, batch.prefills, cache
         )
         if num_decodes:
-            decoded = self._decode(q[:num_decodes], batch, cache, schedule)
-            out = torch.cat((decoded, out))
+            latent = self._decode(q[:num_decodes], batch, cache, schedule)
+            out = torch.cat((mla_absorb.expand(latent, self.w_uv), out))
         return self.o(out.flatten(1))
 
-    def store(
+    def store(self, x: Tensor | Quantized, inputs: Inputs, cache: Tensor) -> None:
+        """Writes the tokens' KV, and computes nothing else. x: [T, hidden]."""
+        _, store = self._down(x, inputs, cache)
+        latent_store.norm_rope_store(*store)
+
+    def _queries(
         self, x: Tensor | Quantized, inputs: Inputs, cache: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Writes the tokens' KV. x: [T, hidden] -> what q is made of [T, q_lora_rank, or all heads
-        of q], latents [T, R], k_pe [T, P]."""
+        """Writes the tokens' KV. x: [T, hidden] -> q [T, H * D], latents [T, R], k_pe [T, P]."""
+        q_in, store = self._down(x, inputs, cache)
+        if self.q_a_norm is None:
+            return q_in, *latent_store.norm_rope_store(*store)
+        weight, mode = self.q_a_norm, self._arithmetic
+        if not mode.fp8:
+            normed, kv_latent, k_pe = latent_store.norms_rope_store(q_in, weight, store)
+            return self.q(normed), kv_latent, k_pe
+        values, scale, kv_latent, k_pe = latent_store.norms_rope_store_quant(
+            q_in, weight, store, mode.ue8m0, has_wgmma(q_in)
+        )
+        return self.q(Quantized(values, scale)), kv_latent, k_pe
+
+    def _down(
+        self, x: Tensor | Quantized, inputs: Inputs, cache: Tensor
+    ) -> tuple[Tensor, latent_store.Store]:
+        """x: [T, hidden] -> what q is made of [T, q_lora_rank, or all heads of q], and the rest on
+        its way into the cache."""
         config = self.config
         parts = [down(x) for down in self.down]
         q_in, kv_a = (
@@ -99,29 +128,29 @@ class MLA:
             if len(parts) == 2
             else parts[0].split([parts[0].shape[1] - config.latent_dim, config.latent_dim], dim=1)
         )
-        kv_latent, k_pe = fused.norm_rope_store(
+        return q_in, latent_store.Store(
             kv_a, self.kv_a_norm, config.rms_norm_eps, inputs.cos, inputs.sin, cache,
             inputs.slot_mapping,
         )  # fmt: skip
-        return q_in, kv_latent, k_pe
 
     def _decode(
-        self, q: Tensor, batch: ForwardBatch, cache: Tensor, schedule: Schedule | None
+        self, q: Tensor, batch: ForwardBatch, cache: Tensor, schedule: LazySchedule
     ) -> Tensor:
-        """Absorbed. q: [T, H, D], `query_len` tokens of each sequence -> [T, H, v]."""
+        """Absorbed. q: [T, H, D], `query_len` tokens of each sequence -> latents [T, H, R]."""
         config, rank, inputs = self.config, self.config.kv_lora_rank, batch.inputs
-        q_nope, q_pe = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
-        absorbed = q.new_empty(len(q), self.heads, config.latent_dim)
-        torch.bmm(q_nope.transpose(0, 1), self.w_uk, out=absorbed[..., :rank].transpose(0, 1))
-        cos, sin = inputs.cos[: len(q)], inputs.sin[: len(q)]
-        fused.apply_rope(q_pe, cos, sin, out=absorbed[..., rank:])
-        latent = mla.mla_decode(
+        absorbed = mla_absorb.absorb(q, self.w_uk, inputs.cos[: len(q)], inputs.sin[: len(q)])
+        return mla.mla_decode(
             _by_sequence(absorbed, batch), cache, batch.block_table, batch.seq_lens, rank,
-            config.softmax_scale, schedule
+            config.softmax_scale, schedule()
         ).view(-1, self.heads, rank)  # fmt: skip
-        out = q.new_empty(len(q), self.heads, config.v_head_dim)
-        torch.bmm(latent.transpose(0, 1), self.w_uv, out=out.transpose(0, 1))
-        return out
+
+    def _values(self, latent: Tensor) -> Tensor | Quantized:
+        """latent: [T, H, R] -> values [T, H * v], for the output projection to take."""
+        mode = self._arithmetic
+        if not mode.fp8 or self.config.v_head_dim % FP8_BLOCK:
+            return mla_absorb.expand(latent, self.w_uv).flatten(1)
+        quantized = mla_absorb.expand_quant(latent, self.w_uv, mode.ue8m0, has_wgmma(latent))
+        return Quantized(*quantized)
 
     def _prefill(
         self,

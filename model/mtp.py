@@ -46,6 +46,8 @@ class MTP:
         self.model = model
         self.enorm = weights[f"{name}.enorm"]
         self.hnorm = weights[f"{name}.hnorm"]
+        held = layout.joined_width(config)
+        self._held = slice(held.start, held.stop)
         self.eh_proj = Linear.load(weights, f"{name}.eh_proj", arithmetic)
         self.layer = DecoderLayer(config, weights, layer, arithmetic, layout)
         self.head_norm = weights[f"{name}.head_norm"]
@@ -70,9 +72,9 @@ class MTP:
         self.layer.attn.store(x, batch.inputs, cache.layers[-1])
 
     def _joined(self, hidden: Tensor, batch: ForwardBatch) -> Tensor:
-        """[T, hidden]: what the layer takes."""
+        """[T, hidden]: what the layer takes; of a TP rank its part of the sum."""
         model, eps = self.model, self.config.rms_norm_eps
         following = fused.embedding(model.embed, batch.inputs.input_ids, model.dtype)
         following = fused.rms_norm(following, self.enorm, eps)
         both = torch.cat((following, fused.rms_norm(hidden, self.hnorm, eps)), dim=-1)
-        return self.eh_proj(both)
+        return self.eh_proj(both[:, self._held])

@@ -6,8 +6,8 @@ embedding, the last one norm and head. Inside a stage the flags mean what they d
     what                                      plain                    attention-DP
     attention: heads (rows of q and kv_b,     tp_size slices           whole on every rank
       columns of o); dense MLPs and shared
-      experts: width; embedding and head:
-      vocabulary
+      experts: width; MTP's eh_proj: columns;
+      embedding and head: vocabulary
     routed experts                            ep_size groups of experts, the width of each expert
                                               in tp_size / ep_size slices
     norms, gate, q_a, kv_a                    whole on every rank
@@ -102,6 +102,10 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
     def vocabulary(self, config: ModelConfig) -> range:
         """Rows of embedding and head."""
         return self._cut("vocab_size", config.vocab_size)
+
+    def joined_width(self, config: ModelConfig) -> range:
+        """Of what the MTP layer's eh_proj takes: two hidden states."""
+        return self._cut("2 * hidden_size", 2 * config.hidden_size)
 
     def dense_width(self, config: ModelConfig) -> range:
         """Of the dense layers' `intermediate_size`."""

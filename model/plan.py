@@ -83,23 +83,28 @@ def floor_bytes(
     itemsize: int = 2,
     entry_bytes: int = 0,
     num_drafts: int = 0,
+    same_experts: bool = False,
 ) -> float:
     """Bytes that a decode step of `batch` sequences must read on this rank: each weight that it
     touches, once, and the KV of `context` tokens (their mean) of each sequence.
 
     `entry_bytes`: of one token's KV in one layer; 0: unquantised, of `itemsize` bytes each number.
     `num_drafts`: verified and made by the step; the MTP layer and the head are read once for each.
+    `same_experts`: all tokens of the step choose those of one.
     """
     weights = weight_bytes(config, layout, itemsize)
     kv_layer_bytes = batch * context * (entry_bytes or config.latent_dim * itemsize)
     num_bytes = weights.every_step + kv_layer_bytes * len(layout.layers(config))
-    num_bytes += weights.routed * _share(config, layout, batch * (1 + num_drafts))
+    num_bytes += weights.routed * _share(
+        config, layout, 1 if same_experts else batch * (1 + num_drafts)
+    )
     if num_drafts:
         own = mtp_bytes(config, layout, itemsize)
         head = math.prod((len(layout.vocabulary(config)), config.hidden_size))
         passes = num_drafts * (own.every_step + kv_layer_bytes)
         passes += num_drafts * head * _itemsize(config, "lm_head", itemsize)
-        num_bytes += passes + num_drafts * own.routed * _share(config, layout, batch)
+        share = _share(config, layout, 1 if same_experts else batch)
+        num_bytes += passes + num_drafts * own.routed * share
     return num_bytes
 
 

@@ -92,6 +92,8 @@ class Runner:
         self.accepts = same_token
         """Which drafts become tokens; measurements of random weights change it."""
         self.graphs = DecodeGraphs(self.decode, self.device)
+        self.largest_step_bytes = 0
+        """Of a GPU's memory, that is kept free for steps."""
         self._clock = StepClock(self.device)
         self._logits: Tensor | None = None
         """Of the last step of decodes; see `share_logits`."""

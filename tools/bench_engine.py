@@ -8,7 +8,8 @@ results. floor: what the step must read (`model/plan.py`) / the read bandwidth m
 Prefill: distinct prompts, one token each. The weights are random unless `--load-format auto`; with
 `--tp`, `--ep` or `--pp` one rank's share runs alone, its exchanges left out. Without are the daemon
 and the wire between the processes. With `--mtp N` every step verifies and makes N drafts, of which
-so many are accepted as `--accepted` says.
+so many are accepted as `--accepted` says; tokens of random weights choose their experts by
+themselves, with `--same-experts` all take the same ones.
 
 `--trace DIR` profiles a few steps more at each batch, writes a Chrome trace of each, and says how
 long the GPU was busy and idle; the profiler's own cost is in the idle time.
@@ -33,16 +34,16 @@ from ..model.config import CheckpointError, ModelConfig
 from ..model.parallel import Layout
 from ..model.plan import floor_bytes
 from ..model.runner import InFlight
-from .forced_acceptance import force
+from .forced_acceptance import force, share_experts
+from .gpu_trace import TRACE_STEPS, Busy, trace
 from .local_engine import LocalEngine
 
 WARMUP_STEPS = 8
-TRACE_STEPS = 8
 PREFILL_STEPS = 8
 """A prefill run fills about so many steps."""
 PIPELINE_DEPTH = 2
-GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
-"""Categories of a Chrome trace."""
+ENGINE_OPTIONS = ("max_num_tokens", "load_format", "dtype", "act_quant", "num_nextn")
+ENGINE_OPTIONS += ("kv_cache_dtype", "kv_cache_gb")
 CPU_READ_BYTES = 1 << 28
 
 
@@ -99,14 +100,6 @@ class Point(NamedTuple):
 
     batch: int
     prompt: int
-
-
-class Busy(NamedTuple):
-    """Of a GPU, per step."""
-
-    busy_ms: float
-    idle_ms: float
-    num_kernels: float
 
 
 @dataclass(frozen=True)
@@ -175,7 +168,8 @@ def measure_decode(
     context = statistics.mean(lengths) + per_step * (steps - 1) / 2
     busy = None
     if trace_dir is not None:
-        busy = trace(driver, trace_dir / f"decode-{point.batch}x{point.prompt}.json")
+        path = trace_dir / f"decode-{point.batch}x{point.prompt}.json"
+        busy = trace(driver.advance, path)
     driver.clear(requests)
     num_bytes = floor.num_bytes(point.batch, context)
     median_ms, floor_ms = statistics.median(times_ms), num_bytes / floor.bandwidth * 1000
@@ -201,11 +195,13 @@ class Floor(NamedTuple):
     itemsize: int
     bandwidth: float
     """Bytes/s."""
+    entry_bytes: int = 0
     num_drafts: int = 0
+    same_experts: bool = False
 
     def num_bytes(self, batch: int, context: float) -> float:
-        own = (self.config, self.layout, batch, context, self.itemsize)
-        return floor_bytes(*own, num_drafts=self.num_drafts)
+        own = (self.config, self.layout, batch, context, self.itemsize, self.entry_bytes)
+        return floor_bytes(*own, self.num_drafts, self.same_experts)
 
 
 def read_bandwidth(device: torch.device) -> float:
@@ -223,38 +219,6 @@ def read_bandwidth(device: torch.device) -> float:
         words.sum()
         best = min(best, perf_counter() - start)
     return CPU_READ_BYTES / best
-
-
-# ---- what the GPU did ---------------------------------------------------------------------------
-
-
-def trace(driver: Driver, path: Path) -> Busy:
-    """Profiles a few steps and writes their Chrome trace."""
-    activities = [torch.profiler.ProfilerActivity.CUDA]  # the CPU's would slow the host down
-    with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(TRACE_STEPS):
-            driver.advance()
-        torch.cuda.synchronize()
-    profiler.export_chrome_trace(str(path))
-    return read_trace(json.loads(path.read_text()), TRACE_STEPS)
-
-
-def read_trace(fields: dict[str, Any], num_steps: int) -> Busy:
-    """Busy: the union of all kernels and copies; idle: what is between the first and the last."""
-    spans = sorted(
-        (event["ts"], event["ts"] + event["dur"])
-        for event in fields["traceEvents"]
-        if event.get("cat") in GPU_WORK
-    )
-    if not spans:
-        raise click.ClickException("the trace holds no work of a GPU")
-    busy_us, idle_us, end = 0.0, 0.0, spans[0][0]
-    for start, stop in spans:
-        idle_us += max(0.0, start - end)
-        busy_us += max(0.0, stop - max(start, end))
-        end = max(end, stop)
-    kernels = sum(event.get("cat") == "kernel" for event in fields["traceEvents"])
-    return Busy(busy_us / 1000 / num_steps, idle_us / 1000 / num_steps, kernels / num_steps)
 
 
 # ---- prefill ------------------------------------------------------------------------------------
@@ -378,11 +342,14 @@ def describe(engine: LocalEngine, layout: Layout, bandwidth: float) -> str:
 @click.option(
     "--accepted", default=2.82, show_default=True, help="Tokens a step, whatever the drafts are."
 )
+@click.option("--same-experts", is_flag=True, help="Every token takes the same ones.")
+@click.option("--few-graphs", is_flag=True, help="Capture the batches that are measured alone.")
 @click.option("--max-num-tokens", default=8192, show_default=True, help="Tokens in one step.")
 @click.option("--load-format", type=click.Choice(["dummy", "auto"]), default="dummy")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto")
 @click.option("--act-quant", type=click.Choice(["auto", "none", "fp8"]), default="auto")
+@click.option("--kv-cache-dtype", type=click.Choice(["auto", "fp8"]), default="auto")
 @click.option("--kv-cache-gb", default=0.0, help="0: what the largest batch needs, if it fits.")
 @click.option("--temperature", default=0.0, show_default=True)
 @click.option("--top-p", default=1.0, show_default=True)
@@ -415,17 +382,24 @@ def bench(directory: Path, device: torch.device, **given: Any) -> None:
         pp_rank=given["pp_rank"],
         attention_dp=given["enable_attention_dp"],
     )
-    names = ("max_num_tokens", "load_format", "dtype", "act_quant", "kv_cache_gb", "num_nextn")
-    options = {key: given[key] for key in names} | {"steps": steps, "device": device.type}
+    options = {key: given[key] for key in ENGINE_OPTIONS}
+    options |= {"steps": steps, "device": device.type}
+    if given["few_graphs"]:
+        options["cuda_graph_batch_sizes"] = tuple(sorted({point.batch for point in wanted}))
     bandwidth = read_bandwidth(device)
     engine = open_engine(directory, layout, wanted, prefills, **options)
     click.echo(describe(engine, layout, bandwidth))
     sampling = Sampling(temperature=given["temperature"], top_p=given["top_p"])
     if num_nextn := given["num_nextn"]:
         force(engine.runner, min(given["accepted"], num_nextn + 1))
+    if given["same_experts"]:
+        share_experts(engine.runner)
     driver = Driver(engine, sampling)
     itemsize = getattr(torch, engine.ready.dtype).itemsize
-    floor = Floor(ModelConfig.load(directory), layout, itemsize, bandwidth, num_nextn)
+    kv = engine.runner.cache.layers[0]
+    entry_bytes = kv.nbytes // kv.shape[:2].numel()
+    config, same = ModelConfig.load(directory), given["same_experts"]
+    floor = Floor(config, layout, itemsize, bandwidth, entry_bytes, num_nextn, same)
 
     click.echo(f"\n{DECODE_HEADER}{'' if given['trace_dir'] is None else BUSY_HEADER}")
     rows: list[Decode | Prefill] = []

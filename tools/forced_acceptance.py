@@ -1,15 +1,19 @@
-"""Drafts that are accepted as often as somebody says, whatever they are: for measuring steps of
-random weights, whose drafts are never right. What such a row holds means nothing."""
+"""Drafts that are accepted as often as somebody says, whatever they are, and experts that all
+tokens share: for measuring steps of random weights, whose drafts are never right and whose tokens
+choose by themselves. What such a row holds means nothing."""
 
 import torch
 from torch import Tensor
 
 from ..model.decodes import Accepts
 from ..model.graphs import drafts_of
+from ..model.moe import MoE
 from ..model.rows import Rows
 from ..model.runner import Runner
 
 GRAIN = 4096
+OUTWEIGHS = 100.0
+"""Scores are below 1."""
 
 
 def chance_of(length: float, num_nextn: int) -> float:
@@ -36,6 +40,19 @@ def forced(length: float, num_nextn: int) -> Accepts:
         return (start * 7919 + row * 104_729) * 2_654_435_761 // 65_536 % GRAIN < limits[place]
 
     return accepts
+
+
+@torch.inference_mode()
+def share_experts(runner: Runner) -> None:
+    """From now on every token takes the same experts: their bias outweighs any score."""
+    drafter = runner.drafter
+    layers = runner.model.layers + ([drafter.mtp.layer] if drafter is not None else [])
+    for layer in layers:
+        if isinstance(moe := layer.mlp, MoE):
+            config = moe.config
+            groups = moe.gate_bias.zero_().view(config.n_group, -1)
+            each = -(-config.num_experts_per_tok // config.topk_group)
+            groups[: config.topk_group, :each] = OUTWEIGHS
 
 
 def force(runner: Runner, length: float) -> None:

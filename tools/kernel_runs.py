@@ -18,7 +18,11 @@ from ..kernels import (
     fused,
     gemm,
     latent,
+    latent_store,
     mla,
+    mla_absorb,
+    moe_dispatch,
+    moe_gate,
     moe_gemm,
     moe_route,
     quant,
@@ -152,6 +156,15 @@ def prefill(m: int, device: str) -> None:
     mla.mla_prefill_varlen(q, k, v, ends, ends, m, 0.1, True)
 
 
+def by_head(m: int, device: str) -> None:
+    q, angles = zeros(device, m, 16, 192), zeros(device, m, ROPE // 2, dtype=F32)
+    w = zeros(device, 16, 256, RANK)
+    mla_absorb.absorb(q, w[:, :128], angles, angles)
+    latent, w_uv = zeros(device, m, 16, RANK), w[:, 128:].transpose(1, 2)
+    mla_absorb.expand(latent, w_uv)
+    mla_absorb.expand_quant(latent, w_uv, scale_k_major=True)
+
+
 def gather(m: int, device: str) -> None:
     pages = -(-m // BLOCK) + 1
     table = at_an_offset(torch.arange(pages, device=device, dtype=torch.int32), m)
@@ -192,17 +205,24 @@ def positions(m: int, device: str) -> None:
     fused.apply_rope(zeros(device, m, ROPE), cos, sin)
     fused.embedding(zeros(device, m, HIDDEN), slots, BF16)
     both = zeros(device, m, RANK), zeros(device, m, ROPE)
-    kv_a, w = zeros(device, m, RANK + ROPE), zeros(device, RANK)
+    q_a, kv_a = zeros(device, m, HIDDEN + RANK + ROPE).split([HIDDEN, RANK + ROPE], dim=1)
+    w, q_weight = zeros(device, RANK), zeros(device, HIDDEN)
     for dtype in (BF16, FP8):
         cache = empty_cache(device, -(-m // BLOCK), BLOCK, dtype)
-        fused.store_latent(cache, *both, slots)
-        fused.norm_rope_store(kv_a, w, 1e-6, cos, sin, cache, slots)
+        latent_store.store_latent(cache, *both, slots)
+        store = latent_store.Store(kv_a, w, 1e-6, cos, sin, cache, slots)
+        latent_store.norm_rope_store(*store)
+        latent_store.norms_rope_store(q_a, q_weight, store)
+        for k_major in (False, True):
+            latent_store.norms_rope_store_quant(q_a, q_weight, store, scale_k_major=k_major)
 
 
 def route(m: int, device: str) -> None:
     logits = torch.arange(m * EXPERTS, device=device, dtype=F32).view(m, EXPERTS).sin()
     bias = zeros(device, EXPERTS, dtype=F32)
-    ids, weights = moe_route.moe_gate(logits, bias, 4, 2, TOP_K, True, 2.5)
+    ids, weights = moe_gate.moe_gate(logits, bias, 4, 2, TOP_K, True, 2.5)
+    pieces = moe_gate.partial_logits(zeros(device, m, 576), zeros(device, EXPERTS, 576))
+    moe_gate.moe_gate(pieces, bias, 4, 2, TOP_K, True, 2.5)
     order, offsets, place = moe_route.permute_by_expert(ids, EXPERTS // 2, 2)
     y, shared = zeros(device, m * TOP_K, HIDDEN), zeros(device, m, HIDDEN)
     moe_route.gather_rows(shared, order, offsets, TOP_K)
@@ -211,6 +231,20 @@ def route(m: int, device: str) -> None:
         moe_route.gather_quantized(*x, order, offsets, TOP_K, k_major)
     moe_route.combine_experts(y, place, weights)
     moe_route.combine_experts(y, place, weights, shared)
+
+
+def few_to_experts(m: int, device: str) -> None:
+    """Dispatched, activated, and through both GEMMs where the card has them."""
+    ids = torch.arange(m * TOP_K, device=device).view(m, TOP_K) % EXPERTS
+    w, w_scale = weight(device, EXPERTS // 2)
+    for k_major in (False, True):
+        x = quant.quantize_1x128(zeros(device, m, K), scale_k_major=k_major)
+        expected = m * TOP_K / EXPERTS
+        rows, scale, _, tiles = moe_dispatch.dispatch(*x, ids, EXPERTS // 2, 2, expected)
+    if moe_dispatch.dispatches(ids.numel(), expected, BF16, w):
+        out = zeros(device, len(rows), N)
+        moe_gemm.grouped_fp8_gemm_nt_tiled(rows, scale, w, w_scale, tiles, out)
+    moe_dispatch.silu_mul_dispatched(zeros(device, len(rows), 2 * HIDDEN), tiles)
 
 
 def rows_state(m: int, device: str) -> None:
@@ -285,12 +319,14 @@ RUNS: dict[str, Run] = {
     "mla transposed, fp8, 2 queries": decode(16, 2, dtype=FP8),
     "mla dot, fp8": decode(24, 2, 16, dtype=FP8),
     "mla prefill": prefill,
+    "mla absorb, expand": by_head,
     "mla gather": gather,
     "quant": quantisation,
     "fused norms": norms,
     "fused silu_mul": activation,
     "fused rope, embedding, store": positions,
-    "moe_route": route,
+    "moe_gate, moe_route": route,
+    "moe_dispatch": few_to_experts,
     "step": rows_state,
     "sample": sampling,
 }

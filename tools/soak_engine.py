@@ -5,7 +5,8 @@
 Scheduler and runner in one process. Twice as many requests as rows are kept waiting, each at a
 random one of the extremes: the longest prompt that fits, one of a few tokens, answers that fill the
 KV cache to its last block so that rows are preempted, log-probabilities of prompt and answer, every
-sampling option. Ends with the peak of the allocated memory, or with the error that memory ran out.
+sampling option. On a GPU a step gets no more memory than was put aside for it, whatever else is
+free. Ends with the peak of the allocated memory, or with the error that memory ran out.
 """
 
 import random
@@ -19,6 +20,7 @@ import torch
 
 from ..daemon.request import Request
 from ..ipc.messages import Sampling
+from ..model.memory import SPARE_BYTES
 from ..model.runner import InFlight
 from .local_engine import LocalEngine
 
@@ -74,6 +76,17 @@ class Soak:
             self.scheduler.update(runner.collect(in_flight.popleft()))
 
 
+def cap_memory(step_bytes: int) -> None:
+    """From now on torch's allocator holds at most what it holds, and `step_bytes`."""
+    torch.cuda.empty_cache()
+    total = torch.cuda.mem_get_info()[1]
+    allowed = torch.cuda.memory_reserved() + step_bytes + SPARE_BYTES // 2
+    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total))
+    click.echo(
+        f"the allocator may hold {allowed / 1e9:.2f} GB, {step_bytes / 1e9:.2f} of them for steps"
+    )
+
+
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--minutes", default=5.0, show_default=True)
@@ -92,6 +105,8 @@ def main(directory: Path, minutes: float, seed: int, **options: object) -> None:
     engine = LocalEngine(directory, **options)  # type: ignore[arg-type]
     for note in engine.ready.notes:
         click.echo(note)
+    if engine.ready.device.startswith("cuda"):
+        cap_memory(engine.runner.largest_step_bytes)
     soak = Soak(engine, seed)
     end = time.monotonic() + minutes * 60
     soak.run(lambda: time.monotonic() < end)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsd.kernels import fused, latent, mla, reference
+from dsd.kernels import latent, latent_store, mla, reference
 from dsd.tests.kernels import test_latent, test_mla
 from dsd.tests.kernels.test_mla_gpu import (
     BF16,
@@ -145,11 +145,13 @@ def test_latent_stores_write_the_twins_bytes(num_tokens: int, dtype: torch.dtype
     shape = (50, 64, 512, 64, torch.float8_e4m3fn)
     cache = latent.latent_cache(*shape, "cuda").fill_(255)
     want = latent.latent_cache(*shape, "cpu").fill_(255)
-    both = fused.norm_rope_store(kv_a, weight, 1e-6, angle.cos(), angle.sin(), cache, slots.cuda())
+    both = latent_store.norm_rope_store(
+        kv_a, weight, 1e-6, angle.cos(), angle.sin(), cache, slots.cuda()
+    )
     reference.store_latent(want, *(x.cpu() for x in both), slots)
     assert torch.equal(cache.cpu(), want)
     parts = kv_a.split([512, 64], dim=1)
-    fused.store_latent(cache.fill_(255), *parts, slots.cuda())
+    latent_store.store_latent(cache.fill_(255), *parts, slots.cuda())
     reference.store_latent(want.fill_(255), *(x.cpu() for x in parts), slots)
     assert torch.equal(cache.cpu(), want)
 

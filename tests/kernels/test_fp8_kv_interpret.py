@@ -7,7 +7,7 @@ import pytest
 import torch
 import triton
 
-from dsd.kernels import fused, latent, mla, mla_dot_fp8, mla_prefill, mla_schedule, reference
+from dsd.kernels import latent, latent_store, mla, mla_dot_fp8, mla_prefill, mla_schedule, reference
 from dsd.tests.kernels.interpreter import patch, run_interpreted
 from dsd.tests.kernels.test_latent import FP8, fp8_paged
 from dsd.tests.kernels.test_mla import Case
@@ -40,12 +40,12 @@ def test_latent_stores_write_the_twins_bytes(
     slots = torch.randperm(6 * block_size)[:4]
     shape = (6, block_size, rank, rope, FP8, "cpu")
     cache, want = (latent.latent_cache(*shape).fill_(255) for _ in range(2))
-    both = fused.norm_rope_store(kv_a, weight, 1e-6, angle.cos(), angle.sin(), cache, slots)
+    both = latent_store.norm_rope_store(kv_a, weight, 1e-6, angle.cos(), angle.sin(), cache, slots)
     assert both[0].dtype == both[1].dtype == dtype
     reference.store_latent(want, *both, slots)
     assert torch.equal(cache, want)
     parts = kv_a.split([rank, rope], dim=1)
-    fused.store_latent(cache.fill_(255), *parts, slots)
+    latent_store.store_latent(cache.fill_(255), *parts, slots)
     reference.store_latent(want.fill_(255), *parts, slots)
     assert torch.equal(cache, want)
 

@@ -61,12 +61,3 @@ def test_silu_mul_takes_the_gate_first(close) -> None:
     gate, up = torch.randn(3, 10), torch.randn(3, 10)
     got = fused.silu_mul(torch.cat((gate, up), dim=-1))
     close(got, gate / (1 + (-gate).exp()) * up, "float32")
-
-
-def test_store_latent_writes_named_slots_and_no_others() -> None:
-    cache = torch.full((4, 8, 6), float("nan"))
-    latent, k_pe = torch.randn(3, 4), torch.randn(3, 2)
-    slots = torch.tensor([9, 31, 16])
-    fused.store_latent(cache, latent, k_pe, slots)
-    assert torch.equal(cache.view(32, 6)[slots], torch.cat((latent, k_pe), dim=-1))
-    assert torch.isfinite(cache.view(32, 6)).all(dim=1).nonzero().flatten().tolist() == [9, 16, 31]

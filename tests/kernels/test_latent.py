@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsd.kernels import fused, latent, reference
+from dsd.kernels import latent, latent_store, reference
 from dsd.kernels.mla import gather_latent, mla_decode
 from dsd.tests.kernels.test_mla import Case, paged
 
@@ -79,7 +79,7 @@ def test_store_latent_then_gather_dequantises_and_touches_no_other_slot(
     cache = latent.latent_cache(5, block_size, rank, rope, FP8, "cpu").fill_(255)
     slots = (torch.randperm(4 * block_size) + block_size)[:3]
     kv_latent, k_pe = torch.randn(3, rank).bfloat16(), torch.randn(3, rope).bfloat16() * 30
-    fused.store_latent(cache, kv_latent, k_pe, slots)
+    latent_store.store_latent(cache, kv_latent, k_pe, slots)
     value, scale = reference.quantize_latent(kv_latent)
     entries = as_float(cache, rank).flatten(0, 1)
     assert torch.equal(entries[slots, :rank], value.float() * scale[:, None])
@@ -98,7 +98,7 @@ def test_store_latent_then_gather_dequantises_and_touches_no_other_slot(
 def test_store_latent_clamps_rope_parts_that_fp16_does_not_hold() -> None:
     cache = latent.latent_cache(2, 4, 8, 2, FP8, "cpu")
     k_pe = torch.tensor([[1e6, -1e6]]).bfloat16()
-    fused.store_latent(cache, torch.ones(1, 8), k_pe, torch.tensor([5]))
+    latent_store.store_latent(cache, torch.ones(1, 8), k_pe, torch.tensor([5]))
     assert latent.planes(cache, 8)[1][1, 1].tolist() == [65504.0, -65504.0]
 
 

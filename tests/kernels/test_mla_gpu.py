@@ -264,6 +264,6 @@ def test_gather_latent(start: int, stop: int) -> None:
     got, want = replays(
         lambda: mla.gather_latent(cache, inside(table, POISON)[0], start, stop),
         lambda: table.__setitem__((0, slice(0, 46)), table[0, :46].flip(0)),
-        lambda: reference.gather_latent(cache, inside(table, POISON)[0], start, stop),
+        lambda: reference.gather_latent(cache, inside(table, POISON)[0], start, stop, 512, BF16),
     )
     assert torch.equal(got, want)

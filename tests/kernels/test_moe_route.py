@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsd.kernels.moe_route import combine_experts, moe_gate, permute_by_expert
+from dsd.kernels.moe_gate import moe_gate
+from dsd.kernels.moe_route import combine_experts, permute_by_expert
 
 
 @dataclass(frozen=True)

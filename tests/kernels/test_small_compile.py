@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from dsd.kernels import fused, moe_route, quant
+from dsd.kernels import fused, latent_store, moe_dispatch, moe_gate, moe_route, quant
 from dsd.tests.kernels.aot import MAX_SMEM, compile_kernel
 
 pytestmark = pytest.mark.slow
@@ -34,10 +34,16 @@ class Case:
 
 
 X, Q, S, W, IDS = (meta(dtype) for dtype in (BF16, FP8, F32, BF16, I64))
+U8, I32 = meta(torch.uint8), meta(torch.int32)
 HIDDEN = {"WIDTH": 7168, "GROUPS": 64, "UE8M0": False}
 CACHES = [
     ("bf16", (X, X, X), {"BLOCK_SIZE": 64, "ENTRY": 576, "FP8": False}),
     ("fp8", (Q, meta(torch.float16), S), {"BLOCK_SIZE": 64, "ENTRY": 644, "FP8": True}),
+]
+QUERIES = [
+    ("no query", (None, None, None, None, 0, 0, 0), 0, 1),
+    ("query", (X, W, X, None, 2112, 0, 0), 1536, 16),
+    ("query quantised", (X, W, Q, S, 2112, 1, 64), 1536, 16),
 ]
 
 CASES = [
@@ -77,19 +83,21 @@ CASES = [
     ),
     *(
         Case(
-            f"norm_rope_store {kind}",
-            fused._norm_rope_store,
-            (X, W, S, S, *cache, IDS, X, X, 1e-6, 576),
-            {"RANK": 512, "ROPE": 64, "RANK_BLOCK": 512, "PAIRS": 32, **layout},
-            2,
+            f"norm_rope_store {kind}, {name}",
+            latent_store._norm_rope_store,
+            (X, W, S, S, *cache, IDS, X, X, 1e-6, 2112, *query),
+            {"RANK": 512, "ROPE": 64, "RANK_BLOCK": 512, "PAIRS": 32, **layout}
+            | {"Q_WIDTH": width, "GROUPS": groups, "UE8M0": False},
+            latent_store.WARPS,
             also_blackwell=True,
         )
         for kind, cache, layout in CACHES
+        for name, query, width, groups in QUERIES
     ),
     *(
         Case(
             f"store_latent {kind}",
-            fused._store_latent,
+            latent_store._store_latent,
             (*cache, X, X, IDS, 576, 576),
             {"RANK": 512, "ROPE": 64, "RANK_BLOCK": 512, "ROPE_BLOCK": 64, **layout},
             2,
@@ -97,20 +105,35 @@ CASES = [
         for kind, cache, layout in CACHES
     ),
     Case("embedding", fused._embedding, (X, IDS, X), {"WIDTH": 7168, "BLOCK": fused.EMBED_BLOCK}),
-    Case(
-        "gate",
-        moe_route._gate,
-        (S, S, IDS, S, 2.5),
-        {"GROUPS": 8, "SIZE": 32, "KEPT": 4, "TOP_K": 8, "NORM": True}
-        | {"GROUPS_BLOCK": 8, "SIZE_BLOCK": 32, "TOP_K_BLOCK": 8},
-        1,
-        also_blackwell=True,
+    *(
+        Case(
+            f"gate of {pieces} pieces",
+            moe_gate._gate,
+            (S, S, IDS, S, 2.5),
+            {"GROUPS": 8, "PIECES": pieces, "SIZE": 32, "KEPT": 4, "TOP_K": 8, "NORM": True}
+            | {"GROUPS_BLOCK": 8, "SIZE_BLOCK": 32, "TOP_K_BLOCK": 8},
+            1,
+            also_blackwell=True,
+        )
+        for pieces in (1, 7168 // moe_gate.PIECE)
+    ),
+    *(
+        Case(
+            f"partial logits, tiles of {tokens}",
+            moe_gate._partial_logits,
+            (X, W, S, 5, 7168),
+            {"EXPERTS": 256, "K": 7168, "TOKENS": tokens}
+            | {"COLUMNS": moe_gate.COLUMNS, "PIECE": moe_gate.PIECE},
+            8,
+            also_blackwell=True,
+        )
+        for tokens in (16, moe_gate.ROWS)
     ),
     Case(
         "gate of 384",
-        moe_route._gate,
+        moe_gate._gate,
         (S, S, IDS, S, 2.5),
-        {"GROUPS": 1, "SIZE": 384, "KEPT": 1, "TOP_K": 8, "NORM": True}
+        {"GROUPS": 1, "PIECES": 1, "SIZE": 384, "KEPT": 1, "TOP_K": 8, "NORM": True}
         | {"GROUPS_BLOCK": 1, "SIZE_BLOCK": 512, "TOP_K_BLOCK": 8},
         1,
     ),
@@ -134,6 +157,26 @@ CASES = [
         (X, None, IDS, IDS, X, None, 256, 7168, 0, 0, 0, 0),
         {"WIDTH": 7168, "GROUPS": 56, "GROUPS_BLOCK": 64, "TOP_K": 8}
         | {"BLOCK": moe_route.GATHER_BLOCK},
+    ),
+    *(
+        Case(
+            f"dispatch {pairs}",
+            moe_dispatch._dispatch,
+            (U8, S, IDS, U8, S, IDS, I32, I32, pairs, 256, 0, 1, 64, 4096),
+            {"WIDTH": 7168, "GROUPS": 56, "GROUPS_BLOCK": 64, "TOP_K": 8, "BM": 16}
+            | {"EXPERTS": 256, "PAIRS": room, "BLOCK": block},
+            warps,
+            also_blackwell=True,
+        )
+        for pairs in (8, 128, 512, 1024, 2048)
+        for room, block, warps in (moe_dispatch.dispatch_shape(pairs),)
+    ),
+    Case(
+        "silu_mul dispatched",
+        moe_dispatch._silu_mul_dispatched,
+        (X, I32, Q, S, 4096, 4096),
+        {"WIDTH": 2048, "GROUPS": fused.SILU_GROUPS, "UE8M0": False},
+        also_blackwell=True,
     ),
     Case(
         "combine",

@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsd.kernels import fused, moe_route, quant, reference
+from dsd.kernels import fused, latent_store, moe_gate, moe_route, quant, reference
+from dsd.kernels.latent import latent_cache
+from dsd.kernels.latent_store import Store
 
 pytestmark = [
     pytest.mark.gpu,
@@ -159,14 +161,50 @@ def test_latent_stores_write_named_slots_alone(num_tokens: int, close) -> None:
     angle = torch.rand(num_tokens, 32, device="cuda") * 100
     slots = torch.randperm(50 * 64, device="cuda")[:num_tokens]
     cache, want = torch.full((2, 50, 64, 576), float("nan"), device="cuda", dtype=BF16)
-    latent, k_pe = fused.norm_rope_store(kv_a, weight, 1e-6, angle.cos(), angle.sin(), cache, slots)
+    latent, k_pe = latent_store.norm_rope_store(
+        kv_a, weight, 1e-6, angle.cos(), angle.sin(), cache, slots
+    )
     close(latent, reference.rms_norm(kv_a[:, :512], weight, 1e-6), "bfloat16")
     close(k_pe, reference.apply_rope(kv_a[:, 512:], angle.cos(), angle.sin()), "bfloat16")
     reference.store_latent(want, latent, k_pe, slots)
     same_bits(cache, want)
     cache.fill_(float("nan"))
-    fused.store_latent(cache, inside(latent), inside(k_pe), slots)
+    latent_store.store_latent(cache, inside(latent), inside(k_pe), slots)
     same_bits(cache, want)
+
+
+@pytest.mark.parametrize("width", [1536, 1000])
+@pytest.mark.parametrize("cache_dtype", [BF16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("num_tokens", [0, 1, 77])
+def test_norms_with_the_store_equal_both_apart(
+    num_tokens: int, cache_dtype: torch.dtype, width: int, close
+) -> None:
+    """By bits for the query of DeepSeek-V3; others are summed in another order when apart."""
+    down = inside(rand(num_tokens, width + 576))
+    q_a, kv_a = down.split([width, 576], dim=1)
+    weight, q_weight = rand(512), rand(width)
+    angle = torch.rand(num_tokens, 32, device="cuda") * 100
+    slots = torch.randperm(50 * 64, device="cuda")[:num_tokens]
+    caches = [latent_cache(50, 64, 512, 64, cache_dtype, "cuda").fill_(255) for _ in range(2)]
+    store = Store(kv_a, weight, 1e-6, angle.cos(), angle.sin(), caches[0], slots)
+    want = latent_store.norm_rope_store(*store._replace(cache=caches[1]))
+    q, *kv = latent_store.norms_rope_store(q_a, q_weight, store)
+    apart = fused.rms_norm(q_a, q_weight, 1e-6)
+    close(q, apart, "bfloat16")
+    if width == 1536:
+        same_bits(q, apart)
+    for ue8m0 in (False, True):
+        got = latent_store.norms_rope_store_quant(q_a, q_weight, store, ue8m0, not ue8m0)
+        apart_quant = fused.rms_norm_quant(q_a, q_weight, 1e-6, ue8m0, not ue8m0)
+        values, scale, *again = got
+        if width == 1536:
+            same_bits(values, apart_quant[0])
+            same_bits(scale, apart_quant[1])
+        close(values.float() * scale.repeat_interleave(128, 1)[:, :width], q.float(), "fp8")
+        for a, b, c in zip(kv, again, want, strict=True):
+            same_bits(a, c)
+            same_bits(b, c)
+    same_bits(*caches)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +222,7 @@ def test_latent_stores_write_named_slots_alone(num_tokens: int, close) -> None:
 def test_moe_gate_chooses_what_its_twin_does(gate: tuple, close) -> None:
     """By the worth of the choice: the scores of two experts may differ in their last bit alone."""
     logits, bias = rand(300, gate[0], dtype=F32) * 2, rand(gate[0], dtype=F32) * 0.1 - 1
-    ids, weights = moe_route.moe_gate(logits, bias, *gate[1:])
+    ids, weights = moe_gate.moe_gate(logits, bias, *gate[1:])
     want_ids, want_weights = reference.moe_gate(logits, bias, *gate[1:])
     worth = logits.sigmoid() + bias
     close(worth.gather(1, ids), worth.gather(1, want_ids), "float32")
@@ -193,12 +231,42 @@ def test_moe_gate_chooses_what_its_twin_does(gate: tuple, close) -> None:
     assert (ids.sort(dim=1).values.diff(dim=1) > 0).all(), "distinct experts"
 
 
+@pytest.mark.parametrize("num_tokens", [0, 1, 16, 17, 33, 64, 65])
+@pytest.mark.parametrize(
+    ("n_experts", "width", "groups"), [(256, HIDDEN, (8, 4, 8)), (384, 1000, (1, 1, 8))], ids=str
+)
+def test_route_equals_the_gate_of_the_logits(
+    num_tokens: int, n_experts: int, width: int, groups: tuple[int, int, int], close
+) -> None:
+    """By the worth of the choice, as above. Of 65 tokens the library makes the logits."""
+    bias, x = rand(n_experts, dtype=F32) * 0.1, inside(rand(num_tokens, width))
+    behind = torch.full((n_experts + 64, width), float("nan"), device="cuda", dtype=BF16)
+    weight = behind[:n_experts].copy_(rand(n_experts, width) * 0.02)
+    logits = (x.double() @ weight.double().t()).float()
+    close(moe_gate.partial_logits(x, weight).sum(1), logits, "float32")
+    ids, weights = moe_gate.route(x, weight, bias, *groups, True, 2.5)
+    want_ids, want_weights = reference.moe_gate(logits, bias, *groups, True, 2.5)
+    worth = logits.sigmoid() + bias
+    close(worth.gather(1, ids), worth.gather(1, want_ids), "float32")
+    close(weights, want_weights, "float32")
+    again = moe_gate.route(x, weight, bias, *groups, True, 2.5)
+    assert torch.equal(ids, again[0]) and torch.equal(weights, again[1])
+
+
+def test_route_does_not_depend_on_the_other_tokens() -> None:
+    x, weight, bias = rand(64, HIDDEN), rand(256, HIDDEN) * 0.02, rand(256, dtype=F32) * 0.1
+    whole = moe_gate.route(x, weight, bias, 8, 4, 8, True, 2.5)
+    for span in (slice(3, 4), slice(10, 40)):
+        few = moe_gate.route(x[span], weight, bias, 8, 4, 8, True, 2.5)
+        assert torch.equal(few[0], whole[0][span]) and torch.equal(few[1], whole[1][span])
+
+
 def test_moe_gate_ties_go_to_the_lowest_index() -> None:
-    logits = torch.zeros(4, 256, device="cuda")
+    bias, logits = torch.zeros(256, device="cuda"), torch.zeros(4, 256, device="cuda")
     logits[1, 100:110] = 1.0
     logits[2] = float("nan")
     logits[3] = float("-inf")
-    ids, _ = moe_route.moe_gate(logits, torch.zeros(256, device="cuda"), 8, 4, 8, True, 2.5)
+    ids, _ = moe_gate.moe_gate(logits, bias, 8, 4, 8, True, 2.5)
     first = list(range(8))
     assert ids.tolist() == [first, list(range(100, 108)), first, first]
 
@@ -249,7 +317,8 @@ Op = Callable[..., Tensor | tuple[Tensor, ...] | None]
 
 def graph_ops() -> dict[str, tuple[Op, Callable[[], tuple[Tensor, ...]]]]:
     """Name -> the op, and fresh inputs for it; an op that writes in place returns what it wrote."""
-    weight, w64 = rand(HIDDEN), rand(512)
+    bias = torch.zeros(256, device="cuda")
+    weight, w64, gate_weight = rand(HIDDEN), rand(512), rand(256, HIDDEN) * 0.02
 
     def ints(high: int, *shape: int) -> Tensor:
         return torch.randint(0, high, shape, device="cuda")
@@ -259,16 +328,25 @@ def graph_ops() -> dict[str, tuple[Op, Callable[[], tuple[Tensor, ...]]]]:
 
     def store(kv_a: Tensor, cos: Tensor, sin: Tensor, slots: Tensor) -> tuple[Tensor, ...]:
         cache = torch.zeros(4, 64, 576, device="cuda", dtype=BF16)
-        both = fused.norm_rope_store(kv_a, w64, 1e-6, cos, sin, cache, slots)
-        fused.store_latent(cache, *both, 255 - slots)
+        both = latent_store.norm_rope_store(kv_a, w64, 1e-6, cos, sin, cache, slots)
+        latent_store.store_latent(cache, *both, 255 - slots)
         return cache, *both
 
+    def norms_store(down: Tensor, cos: Tensor, sin: Tensor, slots: Tensor) -> tuple[Tensor, ...]:
+        cache = torch.zeros(4, 64, 576, device="cuda", dtype=BF16)
+        q_a, kv_a = down.split([1536, 576], dim=1)
+        stores = Store(kv_a, w64, 1e-6, cos, sin, cache, slots)
+        found = latent_store.norms_rope_store_quant(q_a, weight[:1536], stores)
+        return cache, *found
+
     def route(scores: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        bias = torch.zeros(256, device="cuda")
-        ids, weights = moe_route.moe_gate(scores, bias, 8, 4, 8, True, 2.5)
+        ids, weights = moe_gate.moe_gate(scores, bias, 8, 4, 8, True, 2.5)
         order, offsets, place = moe_route.permute_by_expert(ids, 256)
         rows = moe_route.gather_rows(y, order, offsets, 8)[: len(y)]
         return ids, weights, order, offsets, moe_route.combine_experts(rows, place, weights)
+
+    def route_few(x: Tensor) -> tuple[Tensor, ...]:
+        return moe_gate.route(x, gate_weight, bias, 8, 4, 8, True, 2.5)
 
     def angles() -> tuple[Tensor, Tensor]:
         return torch.rand(16, 32, device="cuda"), torch.rand(16, 32, device="cuda")
@@ -290,11 +368,17 @@ def graph_ops() -> dict[str, tuple[Op, Callable[[], tuple[Tensor, ...]]]]:
             store,
             lambda: (rand(16, 576), *angles(), torch.randperm(128, device="cuda")[:16]),
         ),
+        "norms_store": (
+            norms_store,
+            lambda: (rand(16, 2112), *angles(), torch.randperm(128, device="cuda")[:16]),
+        ),
+        "route_few": (route_few, rows(HIDDEN)),
         "route": (route, lambda: (rand(16, 256, dtype=F32), rand(128, HIDDEN))),
     }
 
 
-OP_NAMES = ["quantize", "norm", "add_norm_quant", "silu", "rope", "embedding", "store", "route"]
+OP_NAMES = ["quantize", "norm", "add_norm_quant", "silu", "rope", "embedding", "store"]
+OP_NAMES += ["norms_store", "route_few", "route"]
 
 
 @pytest.mark.parametrize("name", OP_NAMES)

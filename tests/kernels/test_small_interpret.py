@@ -6,7 +6,18 @@ import torch
 import triton
 from torch import Tensor
 
-from dsd.kernels import fused, moe_route, quant, reference, reference_sample, sample
+from dsd.kernels import (
+    fused,
+    latent_store,
+    moe_gate,
+    moe_route,
+    quant,
+    reference,
+    reference_sample,
+    sample,
+)
+from dsd.kernels.latent import latent_cache
+from dsd.kernels.latent_store import Store
 from dsd.tests.kernels.interpreter import patch, run_interpreted
 
 pytestmark = pytest.mark.slow
@@ -128,14 +139,38 @@ def test_latent_stores(close) -> None:
     kv_a, weight = torch.randn(3, 48 + 12).to(BF16), torch.randn(48).to(BF16)
     angle, slots = torch.rand(3, 6) * 100, torch.tensor([9, 31, 16])
     cache, want = torch.full((2, 4, 8, 60), float("nan"), dtype=BF16)
-    latent, k_pe = fused.norm_rope_store(kv_a, weight, 1e-6, angle.cos(), angle.sin(), cache, slots)
+    latent, k_pe = latent_store.norm_rope_store(
+        kv_a, weight, 1e-6, angle.cos(), angle.sin(), cache, slots
+    )
     close(latent, reference.rms_norm(kv_a[:, :48], weight, 1e-6), "bfloat16")
     close(k_pe, reference.apply_rope(kv_a[:, 48:], angle.cos(), angle.sin()), "bfloat16")
     reference.store_latent(want, latent, k_pe, slots)
     same_bits(cache, want)
     cache.fill_(float("nan"))
-    fused.store_latent(cache, latent, k_pe, slots)
+    latent_store.store_latent(cache, latent, k_pe, slots)
     same_bits(cache, want)
+
+
+@interpreted
+@pytest.mark.parametrize("width", [128, 300])
+@pytest.mark.parametrize("dtype", [BF16, torch.float8_e4m3fn])
+def test_norms_with_the_store_equal_both_apart(dtype: torch.dtype, width: int) -> None:
+    down, angle = torch.randn(3, width + 60).to(BF16), torch.rand(3, 6) * 100
+    q_a, kv_a = down.split([width, 60], dim=1)
+    weight, q_weight = torch.randn(48).to(BF16), torch.randn(width).to(BF16)
+    caches = [latent_cache(4, 8, 48, 12, dtype, "cpu").fill_(255) for _ in range(2)]
+    store = Store(
+        kv_a, weight, 1e-6, angle.cos(), angle.sin(), caches[0], torch.tensor([9, 31, 16])
+    )
+    q, *kv = latent_store.norms_rope_store(q_a, q_weight, store)
+    same_bits(q, fused.rms_norm(q_a, q_weight, 1e-6))
+    for want in (latent_store.norm_rope_store(*store._replace(cache=caches[1])), kv):
+        for ue8m0, k_major in ((False, True), (True, False)):
+            got = latent_store.norms_rope_store_quant(q_a, q_weight, store, ue8m0, k_major)
+            apart = fused.rms_norm_quant(q_a, q_weight, 1e-6, ue8m0, k_major)
+            for a, b in zip(got, (*apart, *want), strict=True):
+                same_bits(a, b)
+    same_bits(*caches)
 
 
 @interpreted
@@ -147,10 +182,44 @@ def test_moe_gate(n_experts: int, n_group: int, topk_group: int, top_k: int, clo
     logits, bias = torch.randn(5, n_experts) * 2, torch.randn(n_experts) * 0.3 - 1
     for norm in (False, True):
         arguments = (bias, n_group, topk_group, top_k, norm, 2.5)
-        ids, weights = moe_route.moe_gate(logits, *arguments)
+        ids, weights = moe_gate.moe_gate(logits, *arguments)
         want_ids, want_weights = reference.moe_gate(logits, *arguments)
         assert torch.equal(ids, want_ids)
         close(weights, want_weights, "float32")
+
+
+@interpreted
+@pytest.mark.parametrize("num_tokens", [0, 1, 16, 17, 40])
+@pytest.mark.parametrize(("n_experts", "width"), [(12, 520), (72, 1100)])
+def test_route_of_few_tokens(num_tokens: int, n_experts: int, width: int, close) -> None:
+    x = torch.full((num_tokens + 1, width + 8), float("nan"), dtype=BF16)[:num_tokens, :width]
+    weight = torch.full((n_experts + 1, width), float("nan"), dtype=BF16)[:n_experts]
+    x[:], weight[:] = torch.randn(x.shape), torch.randn(weight.shape) * 0.1
+    pieces = moe_gate.partial_logits(x, weight)
+    logits = x.float() @ weight.float().t()
+    close(pieces.sum(1), logits, "float32")
+    for part, k in enumerate(range(0, width, moe_gate.PIECE)):
+        span = slice(k, k + moe_gate.PIECE)
+        close(pieces[:, part], x[:, span].float() @ weight[:, span].float().t(), "float32")
+    bias = torch.randn(n_experts) * 0.3
+    ids, weights = moe_gate.route(x, weight, bias, 3, 2, 5, True, 2.5)
+    want_ids, want_weights = reference.moe_gate(logits, bias, 3, 2, 5, True, 2.5)
+    assert torch.equal(ids, want_ids)
+    close(weights, want_weights, "float32")
+
+
+@interpreted
+def test_moe_gate_adds_pieces_in_order() -> None:
+    pieces = torch.randn(4, 5, 12) * torch.logspace(-6, 6, 5)[:, None]
+    total = pieces[:, 0].clone()
+    for part in range(1, 5):
+        total += pieces[:, part]
+    for got, want in zip(
+        moe_gate.moe_gate(pieces, torch.zeros(12), 3, 2, 5, True, 1.0),
+        moe_gate.moe_gate(total, torch.zeros(12), 3, 2, 5, True, 1.0),
+        strict=True,
+    ):
+        assert torch.equal(got, want)
 
 
 @interpreted
@@ -158,7 +227,7 @@ def test_moe_gate_of_ties_and_nans_names_distinct_experts() -> None:
     logits = torch.zeros(3, 12)
     logits[1] = float("nan")
     logits[2] = float("-inf")
-    ids, _ = moe_route.moe_gate(logits, torch.zeros(12), 3, 2, 5, True, 1.0)
+    ids, _ = moe_gate.moe_gate(logits, torch.zeros(12), 3, 2, 5, True, 1.0)
     assert ids.tolist() == [[0, 1, 2, 3, 4]] * 3
 
 

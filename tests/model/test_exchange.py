@@ -1,4 +1,5 @@
-"""The ranks' parts of the experts' sum add up to the whole; a rank in attention-DP runs alone."""
+"""The ranks' parts of the experts' sum add up to the whole; dispatched rows give the same sum; a
+rank in attention-DP runs alone."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from dsd.kernels import moe_dispatch, moe_route
 from dsd.kernels.quant import quantize_1x128
 from dsd.model import loader
 from dsd.model.config import ModelConfig
@@ -50,6 +52,21 @@ def test_parts_of_the_ranks_add_up(tmp_path: Path, tp_size: int, ep_size: int, f
     got = sum(moe(config, tmp_path, layout, fp8)(x, plain) for layout in layouts)
     # In fp8 each slice of an expert's width is quantised by itself, as the whole's blocks are.
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("layout", [WHOLE, Layout(tp_size=4, tp_rank=2, ep_size=2)], ids=str)
+@pytest.mark.parametrize("num_tokens", [0, 1, 6])
+def test_dispatched_rows_give_what_a_kernel_for_each_step_gives(
+    num_tokens: int, layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path, FIELDS)
+    layer = moe(ModelConfig.load(tmp_path), tmp_path, layout, fp8=True)
+    plain = torch.randn(num_tokens, layer.config.hidden_size)
+    x = Quantized(*quantize_1x128(plain))
+    want = layer(x, plain)
+    monkeypatch.setattr(moe_dispatch, "dispatches", lambda *arguments: True)
+    monkeypatch.setattr(moe_route, "permute_by_expert", None)  # which nobody calls now
+    assert torch.equal(layer(x, plain), want)
 
 
 @pytest.mark.slow

@@ -78,6 +78,25 @@ def test_last_stage_of_a_pipeline_holds_the_mtp_layer_and_its_embedding(mtp_dir:
     assert name in last and name not in first and "embed" in last and "embed" in first
 
 
+def test_ranks_sums_of_the_joined_states_are_the_whole(mtp_dir: Path) -> None:
+    config = ModelConfig.load(mtp_dir)
+    name, both = (
+        f"layers.{config.num_hidden_layers}.eh_proj",
+        torch.randn(3, 2 * config.hidden_size),
+    )
+
+    def part(layout: Layout) -> torch.Tensor:
+        weights = loader.load(
+            config, mtp_dir, torch.float32, CPU, lambda *_: None, layout, mtp=True
+        )
+        held = layout.joined_width(config)
+        assert len(held) == 2 * config.hidden_size // layout.tp_size
+        return both[:, held.start : held.stop] @ weights[name].t()
+
+    parts = [part(Layout(tp_size=2, tp_rank=rank)) for rank in (0, 1)]
+    torch.testing.assert_close(sum(parts), part(Layout()))
+
+
 def test_build_without_an_mtp_layer_in_config_names_the_field(
     make_checkpoint, make_case, tmp_path: Path
 ) -> None:

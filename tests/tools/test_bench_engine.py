@@ -15,7 +15,7 @@ from dsd.ipc.messages import Sampling
 from dsd.model.config import ModelConfig
 from dsd.model.parallel import Layout
 from dsd.model.plan import floor_bytes
-from dsd.tools import bench_engine
+from dsd.tools import bench_engine, gpu_trace
 from dsd.tools.bench_engine import Driver, Point
 from dsd.tools.local_engine import LocalEngine
 from dsd.tools.make_checkpoint import SMALL, write_config
@@ -175,10 +175,10 @@ def test_trace_busy_is_the_union_of_all_streams_and_idle_what_is_between() -> No
         {"cat": "kernel_name", "ph": "M", "name": "no time"},
         event("kernel", 1350.0, 150.0),  # after 200 idle
     ]
-    busy = bench_engine.read_trace({"traceEvents": events[::-1]}, 2)
+    busy = gpu_trace.read_trace({"traceEvents": events[::-1]}, 2)
     assert busy == (0.15, 0.1, 1.5)
     with pytest.raises(click.ClickException, match="no work"):
-        bench_engine.read_trace({"traceEvents": events[3:6]}, 2)
+        gpu_trace.read_trace({"traceEvents": events[3:6]}, 2)
 
 
 def test_bandwidth_of_this_machine_is_a_machines() -> None:

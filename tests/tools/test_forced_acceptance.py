@@ -9,7 +9,7 @@ import torch
 from dsd.model.config import ModelConfig
 from dsd.model.parallel import WHOLE, Layout
 from dsd.model.plan import floor_bytes, mtp_bytes, weight_bytes
-from dsd.tools.forced_acceptance import chance_of, force, forced
+from dsd.tools.forced_acceptance import chance_of, force, forced, share_experts
 from dsd.tools.hand_driver import HandDriver
 from dsd.tools.local_engine import GREEDY, LocalEngine
 from dsd.tools.make_checkpoint import SMALL, write_config
@@ -59,3 +59,21 @@ def test_floor_with_drafts_reads_layer_and_head_once_for_each(tmp_path: Path, la
     for num_drafts in (0, 1, 3):
         want = sum(model) + num_drafts * (sum(mtp) + head)
         assert floor_bytes(config, layout, 4, 0, num_drafts=num_drafts) == pytest.approx(want)
+
+
+def test_all_tokens_share_experts(tmp_path: Path) -> None:
+    write_config(tmp_path, FIELDS)
+    engine = LocalEngine(
+        tmp_path, device="cpu", max_batch_size=2, max_num_tokens=32, max_seq_len=200,
+        load_format="dummy", num_nextn=1,
+    )  # fmt: skip
+    share_experts(engine.runner)
+    drafter, config = engine.runner.drafter, engine.runner.model.config
+    assert drafter is not None
+    layers = [engine.runner.model.layers[-1], drafter.mtp.layer]
+    for moe in (layer.mlp for layer in layers):
+        x = torch.randn(9, config.hidden_size, dtype=engine.runner.model.dtype)
+        ids = moe.route(x)[0].sort(dim=1).values
+        assert (ids == ids[0]).all() and len(set(ids[0].tolist())) == config.num_experts_per_tok
+    floor = floor_bytes(config, WHOLE, 8, 0.0, same_experts=True)
+    assert floor == floor_bytes(config, WHOLE, 1, 0.0) < floor_bytes(config, WHOLE, 8, 0.0)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...kernels import fused, latent, moe_route, quant
+from ...kernels import fused, latent, latent_store, moe_dispatch, moe_gate, moe_route, quant
 from . import BenchCase, Run, rotation
 
 BF16 = torch.bfloat16
@@ -68,7 +68,9 @@ def store_case(m: int, dtype: torch.dtype) -> BenchCase:
         cos, sin, slots = angle.cos(), angle.sin(), torch.randperm(m, device="cuda")
         shape = (-(-m // 64), 64, 512, 64, dtype, "cuda")
         xs = [(rand(m, 576), latent.latent_cache(*shape)) for _ in range(sets)]
-        return lambda i: fused.norm_rope_store(xs[i][0], weight, 1e-6, cos, sin, xs[i][1], slots)
+        return lambda i: latent_store.norm_rope_store(
+            xs[i][0], weight, 1e-6, cos, sin, xs[i][1], slots
+        )
 
     name = f"norm_rope_store{' fp8' if dtype == torch.float8_e4m3fn else ''} m={m}"
     return case(name, m * (576 * 4 + latent.entry_bytes(512, 64, dtype)), build)
@@ -78,9 +80,20 @@ def gate_case(m: int) -> BenchCase:
     def build(sets: int) -> Run:
         bias = torch.zeros(EXPERTS, device="cuda")
         logits = [rand(m, EXPERTS, dtype=torch.float32) for _ in range(sets)]
-        return lambda i: moe_route.moe_gate(logits[i], bias, 8, 4, TOP_K, True, 2.5)
+        return lambda i: moe_gate.moe_gate(logits[i], bias, 8, 4, TOP_K, True, 2.5)
 
     return case(f"moe_gate m={m}", m * (EXPERTS * 4 + TOP_K * 12), build)
+
+
+def route_case(m: int) -> BenchCase:
+    """The gate's linear map and the choice."""
+
+    def build(sets: int) -> Run:
+        bias, x = torch.zeros(EXPERTS, device="cuda"), rand(m, HIDDEN)
+        weights = [rand(EXPERTS, HIDDEN) for _ in range(sets)]
+        return lambda i: moe_gate.route(x, weights[i], bias, 8, 4, TOP_K, True, 2.5)
+
+    return case(f"moe_gate.route m={m}", 2 * HIDDEN * (EXPERTS + m) + m * TOP_K * 12, build)
 
 
 def permute_case(m: int) -> BenchCase:
@@ -89,6 +102,26 @@ def permute_case(m: int) -> BenchCase:
         return lambda i: moe_route.permute_by_expert(ids[i], EXPERTS)
 
     return case(f"permute_by_expert m={m}", m * TOP_K * 24, build)
+
+
+def dispatch_case(m: int) -> BenchCase:
+    def build(sets: int) -> Run:
+        ids = [torch.rand(m, EXPERTS, device="cuda").topk(TOP_K).indices for _ in range(sets)]
+        xs = [quant.quantize_1x128(rand(m, HIDDEN), scale_k_major=True) for _ in range(sets)]
+        return lambda i: moe_dispatch.dispatch(*xs[i], ids[i], EXPERTS)
+
+    return case(f"dispatch m={m}", m * HIDDEN * (TOP_K + 1), build)
+
+
+def dispatched_silu_case(m: int, n: int) -> BenchCase:
+    def build(sets: int) -> Run:
+        ids = torch.rand(m, EXPERTS, device="cuda").topk(TOP_K).indices
+        x = quant.quantize_1x128(rand(m, HIDDEN), scale_k_major=True)
+        tiles = moe_dispatch.dispatch(*x, ids, EXPERTS).tiles
+        xs = [rand(m * TOP_K, 2 * n) for _ in range(sets)]
+        return lambda i: moe_dispatch.silu_mul_dispatched(xs[i], tiles)
+
+    return case(f"silu_mul_dispatched m={m} n={n}", m * TOP_K * n * 5, build)
 
 
 def combine_case(m: int) -> BenchCase:
@@ -102,9 +135,11 @@ def combine_case(m: int) -> BenchCase:
 
 def cases() -> list[BenchCase]:
     found = [silu_case(64, 18432)]
+    for m in (1, 16, 64, 128):
+        found += [dispatch_case(m), dispatched_silu_case(m, 2048)]
     for m in TOKENS:
         found += [quantize_case(m, HIDDEN), norm_case(m, False), norm_case(m, True)]
         found += [silu_case(m, 2048), rope_case(m, 128), store_case(m, BF16)]
         found += [store_case(m, torch.float8_e4m3fn)]
-        found += [gate_case(m), permute_case(m), combine_case(m)]
+        found += [gate_case(m), route_case(m), permute_case(m), combine_case(m)]
     return found
