@@ -186,6 +186,39 @@ def embedding(weight: Tensor, ids: Tensor, out_dtype: dtype) -> Tensor:
     return out
 
 
+def joined(
+    weight: Tensor,
+    ids: Tensor,
+    enorm: Tensor,
+    hidden: Tensor,
+    hnorm: Tensor,
+    eps: float,
+    out_dtype: dtype,
+) -> Tensor:
+    """What the MTP layer is made of: `embedding` normed by enorm, beside hidden normed by hnorm.
+
+    weight: [V, N], contiguous, ids: [T] integer, all < V; hidden: [T, N] out_dtype
+    enorm, hnorm: [N] float, not written by the kernel before this one
+    -> [T, 2N] out_dtype
+    """
+    num_tokens, width = hidden.shape
+    assert ids.shape == (num_tokens,) and weight.shape[1] == width, (ids.shape, hidden.shape)
+    assert enorm.shape == hnorm.shape == (width,), (enorm.shape, hnorm.shape)
+    assert hidden.dtype == out_dtype, (hidden.dtype, out_dtype)
+    if not runs_kernels(hidden):
+        return reference.joined(weight, ids, enorm, hidden, hnorm, eps, out_dtype)
+    assert weight.is_contiguous() and ids.is_contiguous(), (weight.stride(), ids.stride())
+    assert enorm.is_contiguous() and hnorm.is_contiguous(), (enorm.stride(), hnorm.stride())
+    assert hidden.stride(1) == 1, hidden.stride()
+    out = torch.empty(num_tokens, 2 * width, dtype=out_dtype, device=hidden.device)
+    groups = triton.next_power_of_2(triton.cdiv(width, reference.BLOCK))
+    _joined[(num_tokens, 2)](
+        weight, ids, enorm, hidden, hnorm, out, eps, hidden.stride(0), WIDTH=width, GROUPS=groups,
+        num_warps=norm_warps(groups), **overlap(hidden)
+    )  # fmt: skip
+    return out
+
+
 @triton.jit
 def _weighted(x, weight, eps, WIDTH: tl.constexpr, dtype: tl.constexpr):
     """x: float32, zero behind WIDTH -> x / rms(x) * weight, rounded before and after it."""
@@ -294,3 +327,28 @@ def _embedding(weight, ids, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: 
     row = tl.load(ids + token).to(tl.int64)
     value = tl.load(weight + row * WIDTH + at, at < WIDTH)
     tl.store(out + token * WIDTH + at, value.to(out.dtype.element_ty), at < WIDTH)
+
+
+@triton.jit(do_not_specialize_on_alignment=["ids"])
+def _joined(
+    weight, ids, enorm, hidden, hnorm, out, eps, stride, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
+    PDL: tl.constexpr
+):  # fmt: skip
+    """Grid: (tokens, 2), the first of each for the embedding. Arithmetic and order are `_norm`'s,
+    of rows that `_embedding` wrote."""
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, GROUPS)[:, None] * 128 + tl.arange(0, 128)[None, :]
+    mask = at < WIDTH
+    dtype: tl.constexpr = out.dtype.element_ty
+    out += token * 2 * WIDTH
+    if tl.program_id(1) == 0:
+        factor = tl.load(enorm + at, mask, 0.0)  # no kernel writes it: it may come early
+        wait_previous(PDL)
+        row = tl.load(ids + token).to(tl.int64)
+        value = tl.load(weight + row * WIDTH + at, mask, 0.0).to(dtype).to(tl.float32)
+        tl.store(out + at, _weighted(value, factor, eps, WIDTH, dtype), mask)
+    else:
+        factor = tl.load(hnorm + at, mask, 0.0)
+        wait_previous(PDL)
+        value = tl.load(hidden + token * stride + at, mask, 0.0).to(tl.float32)
+        tl.store(out + WIDTH + at, _weighted(value, factor, eps, WIDTH, dtype), mask)

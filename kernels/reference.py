@@ -252,6 +252,20 @@ def embedding(weight: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
     return F.embedding(ids, weight).to(dtype)
 
 
+def joined(
+    weight: Tensor,
+    ids: Tensor,
+    enorm: Tensor,
+    hidden: Tensor,
+    hnorm: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """weight: [V, N], ids: [T], hidden: [T, N] -> [T, 2N] in dtype."""
+    following = rms_norm(embedding(weight, ids, dtype), enorm, eps)
+    return torch.cat((following, rms_norm(hidden, hnorm, eps)), dim=-1)
+
+
 # ---- attention over the latent cache ------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..kernels import sample
 from ..kernels import step as kernels
+from ..kernels.drafts import begin_drafts, keep_accepted, put_drafts
 from ..kernels.step import Inputs, TokenState
 from . import sampler
 from .batch import ForwardBatch, Sampled
@@ -55,12 +56,8 @@ def fill_inputs(
     return table, seq_lens
 
 
-Accepts = Callable[[Rows, Tensor, int, Tensor, Tensor], Tensor]
-"""Rows, row of each line, place of the draft (from 0), draft and choice of each: [B] bool."""
-
-
-def same_token(_rows: Rows, _row: Tensor, _place: int, draft: Tensor, chosen: Tensor) -> Tensor:
-    return draft == chosen
+Accepts = Callable[[Rows, Tensor, int], Tensor]
+"""Rows, row of each line [B] int32, place of the draft from 0 -> which are accepted, [B] bool."""
 
 
 def accept(
@@ -69,10 +66,10 @@ def accept(
     num_decodes: int,
     query_len: int,
     rows: Rows,
-    accepts: Accepts = same_token,
+    accepts: Accepts | None = None,
 ) -> Sampled:
     """Chooses a token for each line and appends it to the line's row; of a decode, for as long as
-    its drafts are what is chosen, up to `query_len` of them.
+    its drafts are what is chosen (or what `accepts` says), up to `query_len` of them.
 
     logits: [num_decodes * query_len + chunks, V] float32; lines: [num_decodes + chunks] int32
     """
@@ -81,17 +78,15 @@ def accept(
     num_lines = num_decodes * query_len
     each = logits[:num_lines].view(num_decodes, query_len, -1)
     decodes = lines[:num_decodes]
-    row = decodes.long()
-    drafts = rows.drafts[row]
-    left, num_tokens = decodes, torch.ones_like(decodes)
+    drafts = None if rows.relaxed is None else rows.drafts[decodes.long()]
+    left, num_tokens = decodes, torch.empty_like(decodes)
     chosen: list[Tensor] = []
     for i in range(query_len - 1):
-        chosen.append(sampler.choose(each[:, i], left, rows, drafts[:, i]))
-        right = (left != rows.null) & accepts(rows, row, i, drafts[:, i], chosen[-1])
-        left = left.masked_fill(~right, rows.null)
-        num_tokens += right
+        nearby = None if drafts is None else drafts[:, i]
+        chosen.append(sampler.choose(each[:, i], left, rows, nearby))
+        agreed = None if accepts is None else accepts(rows, decodes, i)
+        left = keep_accepted(left, chosen[-1], i, rows.drafts, rows.tokens, num_tokens, agreed)
     chosen.append(sampler.choose(each[:, -1], left, rows))
-    rows.tokens.num_computed[row] = rows.tokens.num_tokens[row] - 1
     token_ids = torch.stack(chosen, dim=1).flatten()
     if len(lines) > num_decodes:
         # A copy begins at an aligned address; for others the sampler would be compiled anew.
@@ -113,8 +108,10 @@ def received(token_ids: Tensor, lines: Tensor, rows: Rows) -> Sampled:
 def last_accepted(sampled: Sampled, num_decodes: int, query_len: int) -> Tensor:
     """[num_decodes] int64: of each decode, the index of its last token whose choice was accepted
     among the tokens computed."""
-    first = torch.arange(num_decodes, device=sampled.token_ids.device) * query_len
-    return first if sampled.num_tokens is None else first + sampled.num_tokens - 1
+    num_tokens, device = num_decodes * query_len, sampled.token_ids.device
+    if sampled.num_tokens is None:
+        return torch.arange(0, num_tokens, query_len, device=device)
+    return torch.arange(-1, num_tokens - 1, query_len, device=device) + sampled.num_tokens
 
 
 class Drafter:
@@ -130,7 +127,7 @@ class Drafter:
         self._ahead = torch.zeros_like(rows.tokens.num_computed)
         """[R] int32: the position that each row's next draft is computed at."""
         self._position = torch.zeros_like(self._ahead)
-        """[R] int32: of the draft itself."""
+        """[R] int32: of the draft itself, whose noise it gets."""
         self._tokens = replace(rows.tokens, num_computed=self._ahead)
         self._choice = replace(rows.choice, num_tokens=self._position)
 
@@ -152,18 +149,15 @@ class Drafter:
         self.mtp.store(hidden, batch, cache)
         if not num_drafts or not len(lines):
             return
-        hidden, following = hidden[last], batch.inputs.input_ids[last]
-        torch.sub(self.rows.tokens.num_tokens, 2, out=self._ahead)
-        drafts: list[Tensor] = []
-        for _ in range(num_drafts):
+        rows, own = self.rows, batch.inputs.input_ids
+        hidden, following = begin_drafts(
+            hidden, own, last, lines, rows.tokens.num_tokens, self._ahead, self._position
+        )
+        for place in range(num_drafts):
             hidden = self.mtp.forward(hidden, self._next_batch(lines, following), cache)
-            following = self._choose(hidden, lines)
-            drafts.append(following)
-        self.rows.drafts[lines.long(), :num_drafts] = torch.stack(drafts, dim=1).int()
-
-    def _choose(self, hidden: Tensor, lines: Tensor) -> Tensor:
-        torch.add(self._ahead, 1, out=self._position)
-        return sample.sample_rows(self.mtp.model.logits(hidden), lines, self._choice)
+            logits = self.mtp.model.logits(hidden)
+            following = sample.sample_rows(logits, lines, self._choice)
+            put_drafts(following, lines, place, rows.drafts, self._position)
 
     def _next_batch(self, lines: Tensor, following: Tensor) -> ForwardBatch:
         """The next position of each line, with the token behind it, [S] int64. What is read as the

@@ -17,7 +17,6 @@ The hidden state is the one after the final norm, in training as in serving.
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from ..kernels import fused
@@ -73,8 +72,8 @@ class MTP:
 
     def _joined(self, hidden: Tensor, batch: ForwardBatch) -> Tensor:
         """[T, hidden]: what the layer takes; of a TP rank its part of the sum."""
-        model, eps = self.model, self.config.rms_norm_eps
-        following = fused.embedding(model.embed, batch.inputs.input_ids, model.dtype)
-        following = fused.rms_norm(following, self.enorm, eps)
-        both = torch.cat((following, fused.rms_norm(hidden, self.hnorm, eps)), dim=-1)
+        model, ids = self.model, batch.inputs.input_ids
+        both = fused.joined(
+            model.embed, ids, self.enorm, hidden, self.hnorm, self.config.rms_norm_eps, model.dtype
+        )
         return self.eh_proj(both[:, self._held])

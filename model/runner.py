@@ -18,7 +18,7 @@ from ..kernels import step as kernels
 from . import sampler
 from .batch import ForwardBatch, Sampled
 from .chunks import ChunkPlan
-from .decodes import Drafter, accept, empty_inputs, fill_inputs, last_accepted, received, same_token
+from .decodes import Accepts, Drafter, accept, empty_inputs, fill_inputs, last_accepted, received
 from .deepseek import DeepseekV3
 from .graphs import DecodeGraphs
 from .host_blocks import HostBlocks
@@ -89,8 +89,8 @@ class Runner:
         """Where blocks of the cache are offloaded to; None: no step may ask for that."""
         self.device = rows.device
         self.drafter = None if mtp is None else Drafter(mtp, rows)
-        self.accepts = same_token
-        """Which drafts become tokens; measurements of random weights change it."""
+        self.accepts: Accepts | None = None
+        """Which drafts become tokens, if not those that are chosen: for random weights' timing."""
         self.graphs = DecodeGraphs(self.decode, self.device)
         self.largest_step_bytes = 0
         """Of a GPU's memory, that is kept free for steps."""

@@ -3,8 +3,11 @@ tokens share: for measuring steps of random weights, whose drafts are never righ
 choose by themselves. What such a row holds means nothing."""
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from ..kernels.compat import overlap, runs_kernels, wait_previous
 from ..model.decodes import Accepts
 from ..model.graphs import drafts_of
 from ..model.moe import MoE
@@ -12,6 +15,8 @@ from ..model.rows import Rows
 from ..model.runner import Runner
 
 GRAIN = 4096
+BLOCK = 128
+"""Lines that one program looks at."""
 OUTWEIGHS = 100.0
 """Scores are below 1."""
 
@@ -35,11 +40,40 @@ def forced(length: float, num_nextn: int) -> Accepts:
     chance = chance_of(length, num_nextn)
     limits = [round(GRAIN * chance ** (i + 1)) for i in range(num_nextn)]
 
-    def accepts(rows: Rows, row: Tensor, place: int, _draft: Tensor, _chosen: Tensor) -> Tensor:
-        start = rows.tokens.num_tokens[row] - (place + 1)
-        return (start * 7919 + row * 104_729) * 2_654_435_761 // 65_536 % GRAIN < limits[place]
+    def accepts(rows: Rows, lines: Tensor, place: int) -> Tensor:
+        return hashed_below(limits[place], lines, rows.tokens.num_tokens, place + 1)
 
     return accepts
+
+
+def hashed_below(limit: int, rows: Tensor, num_tokens: Tensor, back: int) -> Tensor:
+    """Whether the hash, of GRAIN values, of each row and of its num_tokens - back is below limit.
+    rows: [B] int32; num_tokens: [R] int32 -> [B] bool"""
+    if not runs_kernels(rows):
+        row, start = rows.long(), num_tokens[rows.long()].long() - back
+        return (start * 7919 + row * 104_729) * 2_654_435_761 // 65_536 % GRAIN < limit
+    out = torch.empty(len(rows), dtype=torch.bool, device=rows.device)
+    _hashed_below[(triton.cdiv(len(rows), BLOCK),)](
+        rows, num_tokens, out, len(rows), limit, back, GRAIN=GRAIN, BLOCK=BLOCK, num_warps=1,
+        **overlap(rows)
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(
+    do_not_specialize=["num_lines", "limit", "back"], do_not_specialize_on_alignment=["rows"]
+)
+def _hashed_below(
+    rows, num_tokens, out, num_lines, limit, back, GRAIN: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr
+):  # fmt: skip
+    wait_previous(PDL)
+    line = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = line < num_lines
+    row = tl.load(rows + line, inside, 0).to(tl.int64)
+    start = (tl.load(num_tokens + row, inside, 0) - back).to(tl.int64)
+    hashed = (start * 7919 + row * 104729) * 2654435761 // 65536 % GRAIN
+    tl.store(out + line, hashed < limit, inside)
 
 
 @torch.inference_mode()

@@ -30,6 +30,7 @@ from ..kernels import (
     sample_relaxed,
     step,
 )
+from ..kernels.drafts import begin_drafts, keep_accepted, put_drafts
 from ..kernels.fp8_gemm_work import TILES, Work
 
 Run = Callable[[int, str], object]
@@ -203,7 +204,9 @@ def positions(m: int, device: str) -> None:
     slots = at_an_offset(torch.arange(m, device=device), m)
     fused.apply_rope(zeros(device, m, 16, ROPE), cos, sin)
     fused.apply_rope(zeros(device, m, ROPE), cos, sin)
-    fused.embedding(zeros(device, m, HIDDEN), slots, BF16)
+    embed, pair = zeros(device, m, HIDDEN), zeros(device, 2, HIDDEN)
+    fused.embedding(embed, slots, BF16)
+    fused.joined(embed, slots, pair[0], embed, pair[1], 1e-6, BF16)
     both = zeros(device, m, RANK), zeros(device, m, ROPE)
     q_a, kv_a = zeros(device, m, HIDDEN + RANK + ROPE).split([HIDDEN, RANK + ROPE], dim=1)
     w, q_weight = zeros(device, RANK), zeros(device, HIDDEN)
@@ -271,6 +274,24 @@ def rows_state(m: int, device: str) -> None:
     step.chunk_inputs(state, parts, 1, angles, angles, inputs)
 
 
+def rows_drafts(m: int, device: str) -> None:
+    """m rows of two drafts, whose choices are right; with and without a word on that."""
+    counts = zeros(device, 4, m + 1, dtype=torch.int32)
+    tokens, computed, ahead, position = (x.clone() for x in counts)
+    found = zeros(device, m + 1, 3, dtype=torch.int32)
+    state = step.TokenState(found, tokens + 3, computed, found, BLOCK)
+    lines = at_an_offset(torch.arange(m, device=device, dtype=torch.int32), m)
+    chosen, num_tokens = zeros(device, m, dtype=torch.int64), torch.empty_like(lines)
+    left, agreed = lines, zeros(device, m, dtype=torch.bool)
+    for place, own in ((0, None), (1, agreed)):
+        left = keep_accepted(left, chosen, place, found, state, num_tokens, own)
+    hidden, ids = zeros(device, 3 * m, HIDDEN), zeros(device, 3 * m, dtype=torch.int64)
+    last = at_an_offset(torch.arange(m, device=device) * 3, m)
+    begin_drafts(hidden, ids, last, lines, state.num_tokens, ahead, position)
+    for place in (0, 1):
+        put_drafts(chosen, lines, place, found, position)
+
+
 def sampling(m: int, device: str) -> None:
     """m rows, every other one of them with every option."""
     logits = torch.arange(m * VOCAB, device=device, dtype=F32).view(m, VOCAB).sin()
@@ -328,5 +349,6 @@ RUNS: dict[str, Run] = {
     "moe_gate, moe_route": route,
     "moe_dispatch": few_to_experts,
     "step": rows_state,
+    "drafts": rows_drafts,
     "sample": sampling,
 }

@@ -105,6 +105,14 @@ CASES = [
         for kind, cache, layout in CACHES
     ),
     Case("embedding", fused._embedding, (X, IDS, X), {"WIDTH": 7168, "BLOCK": fused.EMBED_BLOCK}),
+    Case(
+        "joined",
+        fused._joined,
+        (X, IDS, W, X, W, X, 1e-6, 7168),
+        {"WIDTH": 7168, "GROUPS": 64},
+        fused.norm_warps(64),
+        also_blackwell=True,
+    ),
     *(
         Case(
             f"gate of {pieces} pieces",

@@ -156,6 +156,20 @@ def test_embedding_beyond_two_to_the_31_elements() -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 77])
+@pytest.mark.parametrize(("width", "dtype"), [(HIDDEN, BF16), (1000, BF16), (300, F32)], ids=str)
+def test_joined_equals_both_norms_apart(num_tokens: int, width: int, dtype, close) -> None:
+    """By bits for DeepSeek-V3's width; others are summed in another order when apart."""
+    weight, ids = rand(99, width), torch.randint(0, 99, (num_tokens + 1,), device="cuda")[1:]
+    hidden, (enorm, hnorm) = inside(rand(num_tokens, width, dtype=dtype)), rand(2, width)
+    got = fused.joined(weight, ids, enorm, hidden, hnorm, 1e-6, dtype)
+    following = fused.rms_norm(fused.embedding(weight, ids, dtype), enorm, 1e-6)
+    want = torch.cat((following, fused.rms_norm(hidden, hnorm, 1e-6)), dim=-1)
+    close(got, want, KIND[dtype])
+    if width == HIDDEN:
+        same_bits(got, want)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 77])
 def test_latent_stores_write_named_slots_alone(num_tokens: int, close) -> None:
     kv_a, weight = inside(rand(num_tokens, 576)), rand(512)
     angle = torch.rand(num_tokens, 32, device="cuda") * 100
@@ -364,6 +378,10 @@ def graph_ops() -> dict[str, tuple[Op, Callable[[], tuple[Tensor, ...]]]]:
             lambda i: fused.embedding(weight.view(-1, 64), i, BF16),
             lambda: (ints(99, 7),),
         ),
+        "joined": (
+            lambda i, x: fused.joined(weight.view(-1, 64), i, w64[:64], x, w64[64:128], 1e-6, BF16),
+            lambda: (ints(99, 7), rand(7, 64)),
+        ),
         "store": (
             store,
             lambda: (rand(16, 576), *angles(), torch.randperm(128, device="cuda")[:16]),
@@ -378,7 +396,7 @@ def graph_ops() -> dict[str, tuple[Op, Callable[[], tuple[Tensor, ...]]]]:
 
 
 OP_NAMES = ["quantize", "norm", "add_norm_quant", "silu", "rope", "embedding", "store"]
-OP_NAMES += ["norms_store", "route_few", "route"]
+OP_NAMES += ["joined", "norms_store", "route_few", "route"]
 
 
 @pytest.mark.parametrize("name", OP_NAMES)

@@ -135,6 +135,23 @@ def test_embedding() -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("width", [128, 1000])
+@pytest.mark.parametrize("embed_dtype", [torch.float32, BF16])
+def test_joined_is_both_norms_apart(
+    width: int, dtype: torch.dtype, embed_dtype: torch.dtype, close
+) -> None:
+    weight, ids = (torch.randn(11, width) * 3).to(embed_dtype), torch.tensor([10, 0, 3, 3])[1:]
+    hidden = torch.randn(3, width + 8).to(dtype)[:, :width]
+    enorm, hnorm = torch.randn(2, width).to(BF16)
+    got = fused.joined(weight, ids, enorm, hidden, hnorm, 1e-6, dtype)
+    following = fused.rms_norm(fused.embedding(weight, ids, dtype), enorm, 1e-6)
+    same_bits(got, torch.cat((following, fused.rms_norm(hidden, hnorm, 1e-6)), dim=-1))
+    want = reference.joined(weight, ids, enorm, hidden, hnorm, 1e-6, dtype)
+    close(got, want, "float32" if dtype == torch.float32 else "bfloat16")
+
+
+@interpreted
 def test_latent_stores(close) -> None:
     kv_a, weight = torch.randn(3, 48 + 12).to(BF16), torch.randn(48).to(BF16)
     angle, slots = torch.rand(3, 6) * 100, torch.tensor([9, 31, 16])

@@ -297,13 +297,13 @@ def test_accepting_and_drafting_ask_the_host_for_nothing(monkeypatch) -> None:
     model are stood in for."""
     with torch.device("meta"):
         rows = SimpleNamespace(
-            null=4,
+            relaxed=None,
             drafts=torch.zeros(5, 3, dtype=torch.int32),
             tokens=TokenState(*(torch.zeros(5, dtype=torch.int32) for _ in range(4)), 8),
             choice=meta_choice(),
         )
         lines = torch.zeros(4, dtype=torch.int32)
-        logits = torch.zeros(4 * 4, 50)
+        logits, ids = torch.zeros(4 * 4, 50), torch.zeros(4 * 4, dtype=torch.int64)
         hidden = torch.zeros(4 * 4, 16)
         monkeypatch.setattr(decodes.sampler, "choose", lambda _, left, *own: left.long())
         monkeypatch.setattr(decodes.sample, "sample_rows", lambda _, lines, state: lines.long())
@@ -314,7 +314,7 @@ def test_accepting_and_drafting_ask_the_host_for_nothing(monkeypatch) -> None:
         mtp.model.logits = lambda hidden: hidden
         sampled = decodes.accept(logits, lines, 4, 4, rows)
         last = decodes.last_accepted(sampled, 4, 4)
-        batch = ForwardBatch(Inputs(*[lines] * 5), 4, lines, lines, None, 4)
+        batch = ForwardBatch(Inputs(*[ids] * 5), 4, lines, lines, None, 4)
         decodes.Drafter(mtp, rows).follow(hidden, batch, lines, last, 3, None)
     assert sampled.token_ids.shape == (16,) and sampled.num_tokens.shape == (4,)
     assert sampled.num_tokens.dtype == torch.int32 and last.dtype == torch.int64

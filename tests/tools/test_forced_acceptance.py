@@ -21,14 +21,14 @@ FIELDS = {**SMALL, "num_hidden_layers": 2, "num_nextn_predict_layers": 1}
 def test_mean_length_is_what_was_said(length: float, num_nextn: int) -> None:
     chance = chance_of(length, num_nextn)
     assert sum(chance**i for i in range(num_nextn + 1)) == pytest.approx(length)
-    accepts, row = forced(length, num_nextn), torch.arange(64)
+    accepts, row = forced(length, num_nextn), torch.arange(64, dtype=torch.int32)
     total, steps = 0.0, 300
     for step in range(steps):
         before = torch.full((64,), 1000 + 3 * step)
         still = torch.ones(64, dtype=torch.bool)
         for place in range(num_nextn):
             tokens = SimpleNamespace(num_tokens=(before + place + 1).int())
-            still &= accepts(SimpleNamespace(tokens=tokens), row, place, row, row)
+            still &= accepts(SimpleNamespace(tokens=tokens), row, place)
             total += float(still.sum())
     assert 1 + total / (64 * steps) == pytest.approx(length, abs=0.03)
 
