@@ -336,6 +336,12 @@ def _load_tiles(
 
 
 @gluon.jit
+def _scales_at(sw, stride, group, n, n_rows):
+    """The scales of a column of tiles of a group's weight."""
+    return sw + (group * gl.cdiv(n_rows, 128) + n // 2) * stride
+
+
+@gluon.jit
 def _multiply_tiles(
     w_bufs, x_bufs, sx_bufs, sw, sw_stride, out, out_stride, empty, full, table,
     num_n, n_rows, num_k, ORDER: gl.constexpr,
@@ -343,17 +349,25 @@ def _multiply_tiles(
     STAGES: gl.constexpr = w_bufs.type.shape[0]
     BT: gl.constexpr = x_bufs.type.shape[1]
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 32])
+    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])  # 16 bytes a thread
     part = gl.zeros((64, BT), gl.float32, L)
     stage = 0
     phase = 0
-    for t in range(gl.program_id(0), count_tiles(table, 0, num_n, True), gl.num_programs(0)):
-        group, row, end, n, _ = tile_at(t, table, 0, num_n, BT, ORDER, True)
-        scales = sw + (group * gl.cdiv(n_rows, 128) + n // 2) * sw_stride
+    num_tiles = count_tiles(table, 0, num_n, True)
+    nearest = min(gl.program_id(0), max(num_tiles - 1, 0))
+    group, row, end, n, _ = tile_at(nearest, table, 0, num_n, BT, ORDER, True)
+    some = num_tiles > 0  # else the table's first item may hold anything
+    scales = _scales_at(sw, sw_stride, gl.where(some, group, 0), gl.where(some, n, 0), n_rows)
+    scale_next = gl.load(scales)
+    for t in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        # Where the next tile is, and its first scale, come while this one is multiplied.
+        after = min(t + gl.num_programs(0), num_tiles - 1)
+        next_group, next_row, next_end, next_n, _ = tile_at(after, table, 0, num_n, BT, ORDER, True)
+        next_scales = _scales_at(sw, sw_stride, next_group, next_n, n_rows)
         acc = gl.zeros((64, BT), gl.float32, L)
-        scale_next = gl.load(scales)
         for k in range(num_k):
             scale = scale_next  # loaded a step ahead
-            scale_next = gl.load(scales + min(k + 1, num_k - 1))
+            scale_next = gl.load(gl.where(k + 1 < num_k, scales + k + 1, next_scales))
             mbarrier.wait(full.index(stage), phase)
             part, acc = step(
                 w_bufs.index(stage), x_bufs.index(stage), sx_bufs.index(stage), scale, part, acc,
@@ -363,15 +377,17 @@ def _multiply_tiles(
             if stage == STAGES:
                 stage = 0
                 phase ^= 1
-        column = n * 64 + gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, L)), 1)
-        token = row + gl.expand_dims(gl.arange(0, BT, gl.SliceLayout(0, L)), 0)
+        result = gl.convert_layout(acc.to(gl.bfloat16), OUT)
+        column = n * 64 + gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, OUT)), 1)
+        token = row + gl.expand_dims(gl.arange(0, BT, gl.SliceLayout(0, OUT)), 0)
         at = out + token.to(gl.int64) * out_stride + column
-        gl.store(at, acc.to(gl.bfloat16), mask=(token < end) & (column < n_rows))
+        gl.store(at, result, mask=(token < end) & (column < n_rows))
+        row, end, n, scales = next_row, next_end, next_n, next_scales
 
 
 @gluon.jit(
-    do_not_specialize=["sw_stride", "out_stride", "num_n", "n_rows", "num_k"],
-    do_not_specialize_on_alignment=["sw", "out", "table"],
+    do_not_specialize=["sw_stride", "num_n", "num_k"],
+    do_not_specialize_on_alignment=["sw", "table"],
 )
 def swap_kernel(
     w_desc, x_desc, sx_desc, sw, sw_stride, out, out_stride, table, num_n, n_rows, num_k,

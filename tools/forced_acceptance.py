@@ -15,6 +15,7 @@ from ..model.rows import Rows
 from ..model.runner import Runner
 
 GRAIN = 4096
+WORD = 0xFFFFFFFF
 BLOCK = 128
 """Lines that one program looks at."""
 OUTWEIGHS = 100.0
@@ -51,7 +52,10 @@ def hashed_below(limit: int, rows: Tensor, num_tokens: Tensor, back: int) -> Ten
     rows: [B] int32; num_tokens: [R] int32 -> [B] bool"""
     if not runs_kernels(rows):
         row, start = rows.long(), num_tokens[rows.long()].long() - back
-        return (start * 7919 + row * 104_729) * 2_654_435_761 // 65_536 % GRAIN < limit
+        hashed = (start * 2_654_435_761 + row * 2_246_822_507) & WORD
+        for shift, factor in ((15, 739_982_445), (12, 695_872_825)):
+            hashed = ((hashed ^ (hashed >> shift)) * factor) & WORD
+        return (hashed ^ (hashed >> 15)) % GRAIN < limit
     out = torch.empty(len(rows), dtype=torch.bool, device=rows.device)
     _hashed_below[(triton.cdiv(len(rows), BLOCK),)](
         rows, num_tokens, out, len(rows), limit, back, GRAIN=GRAIN, BLOCK=BLOCK, num_warps=1,
@@ -72,8 +76,10 @@ def _hashed_below(
     inside = line < num_lines
     row = tl.load(rows + line, inside, 0).to(tl.int64)
     start = (tl.load(num_tokens + row, inside, 0) - back).to(tl.int64)
-    hashed = (start * 7919 + row * 104729) * 2654435761 // 65536 % GRAIN
-    tl.store(out + line, hashed < limit, inside)
+    hashed = (start * 2654435761 + row * 2246822507) & 0xFFFFFFFF
+    hashed = ((hashed ^ (hashed >> 15)) * 739982445) & 0xFFFFFFFF
+    hashed = ((hashed ^ (hashed >> 12)) * 695872825) & 0xFFFFFFFF
+    tl.store(out + line, (hashed ^ (hashed >> 15)) % GRAIN < limit, inside)
 
 
 @torch.inference_mode()

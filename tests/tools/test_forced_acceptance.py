@@ -22,15 +22,16 @@ def test_mean_length_is_what_was_said(length: float, num_nextn: int) -> None:
     chance = chance_of(length, num_nextn)
     assert sum(chance**i for i in range(num_nextn + 1)) == pytest.approx(length)
     accepts, row = forced(length, num_nextn), torch.arange(64, dtype=torch.int32)
-    total, steps = 0.0, 300
-    for step in range(steps):
-        before = torch.full((64,), 1000 + 3 * step)
-        still = torch.ones(64, dtype=torch.bool)
+    start, steps = torch.arange(64) % 7 + 1000, 300
+    known = start.clone()
+    for _ in range(steps):
+        still, advance = torch.ones(64, dtype=torch.bool), torch.ones(64, dtype=torch.long)
         for place in range(num_nextn):
-            tokens = SimpleNamespace(num_tokens=(before + place + 1).int())
+            tokens = SimpleNamespace(num_tokens=(known + place + 1).int())
             still &= accepts(SimpleNamespace(tokens=tokens), row, place)
-            total += float(still.sum())
-    assert 1 + total / (64 * steps) == pytest.approx(length, abs=0.03)
+            advance += still
+        known += advance
+    assert ((known - start) / steps).mean().item() == pytest.approx(length, abs=0.03)
 
 
 def test_random_weights_advance_as_forced(tmp_path: Path) -> None:
