@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -53,6 +54,22 @@ def wait_previous(PDL: tl.constexpr):
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
+
+
+def describe_box(x: Tensor, box: tuple[int, ...], dtype: tl.dtype) -> TensorDescriptor:
+    """TMA's view of x in boxes, which lie swizzled in shared memory as wgmma reads them."""
+    return TensorDescriptor.from_tensor(x, list(box), _shared_layout(box, dtype))
+
+
+@cache
+def _shared_layout(box: tuple[int, ...], dtype: tl.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(box), dtype)
+
+
+@cache
+def flat_layout() -> gl.NVMMASharedLayout:
+    """Of boxes of float32 that are not swizzled."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
 
 
 def num_sms(x: Tensor) -> int:

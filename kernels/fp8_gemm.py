@@ -27,7 +27,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import reference
-from .compat import num_sms, tma_load, tma_store
+from .compat import describe_box, flat_layout, num_sms, tma_load, tma_store
 from .fp8_gemm_work import Tile, Work, choose_work
 from .split_k import MAX_COUNTERS, add_pieces, is_last, leave_piece, split_counters
 
@@ -109,14 +109,11 @@ def describe(
     x: Tensor, x_scale: Tensor, w: Tensor, out: Tensor, tile: Tile
 ) -> tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor, TensorDescriptor]:
     """TMA boxes of x [T, K], w [N, K], x_scale [G, T] and out [T, N]."""
-    fp8, of = gl.float8e4nv, gl.NVMMASharedLayout
-    x_box, w_box, out_box = [tile.bm, 128], [tile.bn, 128], [64, tile.bn]
-    flat = of(swizzle_byte_width=0, element_bitwidth=32, rank=2)
     return (
-        TensorDescriptor.from_tensor(x, x_box, of.get_default_for(x_box, fp8)),
-        TensorDescriptor.from_tensor(w, w_box, of.get_default_for(w_box, fp8)),
-        TensorDescriptor.from_tensor(x_scale, [1, tile.bm], flat),
-        TensorDescriptor.from_tensor(out, out_box, of.get_default_for(out_box, gl.bfloat16)),
+        describe_box(x, (tile.bm, 128), gl.float8e4nv),
+        describe_box(w, (tile.bn, 128), gl.float8e4nv),
+        TensorDescriptor.from_tensor(x_scale, [1, tile.bm], flat_layout()),
+        describe_box(out, (64, tile.bn), gl.bfloat16),
     )
 
 

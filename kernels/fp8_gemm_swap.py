@@ -8,6 +8,7 @@ Launched with programmatic dependence: the ring is filled with weights, which no
 one writes, while that kernel still runs; everything else waits for its end.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import reference
-from .compat import barrier, num_sms, tma_load, tma_store
+from .compat import barrier, describe_box, flat_layout, num_sms, tma_load, tma_store
 from .fp8_gemm import check, fma, k_major, tma_ready
 from .split_k import MAX_COUNTERS, is_last, leave_piece, load_piece, split_counters
 
@@ -43,6 +44,7 @@ class Plan(NamedTuple):
     split: int
 
 
+@lru_cache(4096)
 def choose_plan(m: int, n: int, k: int, sms: int) -> Plan:
     """Rules that fit what was measured on an H100 at 1, 16, 32, 64 and 128 tokens for the shapes of
     DeepSeek-V3, whole and shared by eight. A short ring wins where pieces are short: all of it is
@@ -114,20 +116,15 @@ def describe(
 ) -> tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor]:
     """TMA boxes of w [N, K], x [T, K] and x_scale [G, T]. A box of scales has 32 or more: each
     stage must begin at a multiple of 128 bytes."""
-    fp8, of = gl.float8e4nv, gl.NVMMASharedLayout
-    flat = of(swizzle_byte_width=0, element_bitwidth=32, rank=2)
     return (
-        TensorDescriptor.from_tensor(w, [64, 128], of.get_default_for([64, 128], fp8)),
-        TensorDescriptor.from_tensor(x, [tokens, 128], of.get_default_for([tokens, 128], fp8)),
-        TensorDescriptor.from_tensor(x_scale, [1, max(tokens, 32)], flat),
+        describe_box(w, (64, 128), gl.float8e4nv),
+        describe_box(x, (tokens, 128), gl.float8e4nv),
+        TensorDescriptor.from_tensor(x_scale, [1, max(tokens, 32)], flat_layout()),
     )
 
 
 def describe_out(out: Tensor, tokens: int) -> TensorDescriptor:
-    box = [tokens, 64]
-    return TensorDescriptor.from_tensor(
-        out, box, gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16)
-    )
+    return describe_box(out, (tokens, 64), gl.bfloat16)
 
 
 @gluon.jit

@@ -1,5 +1,6 @@
 """How `fp8_gemm.dense_kernel` cuts a map into tiles, and the last of them into pieces of K."""
 
+from functools import lru_cache
 from math import hypot
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ WEIGHT_BYTES_PER_US = 2.7e6
 MAX_PIECES = 8
 
 
+@lru_cache(4096)
 def choose_work(m: int, n: int, k: int, sms: int) -> Work:
     """What takes the least time, by the waves that tiles and pieces run in. The last wave of tiles
     is often a small one: in pieces it takes all SMs. Fitted to 43 maps on an H100, of 128 to 4,096
