@@ -87,7 +87,7 @@ class EngineConfig(_Section, frozen=True):
     fp8_gemm: Literal["auto", "triton", "torch"] = "auto"
     num_nextn: Annotated[int, Meta(ge=0, le=5)] = 0
     """Most tokens that the MTP layer drafts for a sequence in a step; 0: off."""
-    num_nextn_by_batch_size: tuple[tuple[Positive, NotNegative], ...] = ((8, 5), (32, 3), (256, 1))
+    num_nextn_by_batch_size: tuple[tuple[Positive, NotNegative], ...] = ((8, 5), (64, 3), (256, 1))
     """(largest number of decoding sequences, most drafts); none above the last."""
     relaxed_topk: Annotated[int, Meta(ge=0, le=1000)] = 0
     """Inside <think> a draft among so many best tokens is accepted; 0: drafts change no token."""
