@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from dsd.daemon.drafting import FIRST_PAUSE, LONGEST_PAUSE, WINDOW, DraftLength, Why
+from dsd.daemon.drafting import DRAFT_COST, FIRST_PAUSE, LONGEST_PAUSE, WINDOW, DraftLength, Why
 
 NUM_ROWS = 8
 
@@ -73,9 +73,9 @@ def test_note_only_the_first_draft_is_good_leaves_one() -> None:
 
 
 def test_note_break_even_is_left_alone() -> None:
-    """One draft costs a tenth: at 12 % acceptance neither choice is 5 % better."""
-    assert set(drive(DraftLength(1), [0.12], 500)) == {1}
-    assert set(drive(DraftLength(1), [0.08], 100)) == {1}
+    """Where a draft is accepted about as often as it costs, neither choice is 5 % better."""
+    assert set(drive(DraftLength(1), [DRAFT_COST + 0.02], 500)) == {1}
+    assert set(drive(DraftLength(1), [DRAFT_COST - 0.02], 100)) == {1}
 
 
 def test_note_after_a_pause_tries_again_and_waits_longer_each_time() -> None:
