@@ -1,4 +1,4 @@
-"""What differs by version of Triton (3.6 to 3.9) and by card."""
+"""What differs by version of Triton (3.6 to 3.9) and by card, and how kernels are launched."""
 
 from functools import cache
 
@@ -49,8 +49,9 @@ def overlap(x: Tensor) -> dict[str, bool]:
 @triton.jit
 def wait_previous(PDL: tl.constexpr):
     """Lets the next kernel be set up, and waits until the one before has ended and its writes are
-    seen. Every program must pass here before it reads or writes: the next kernel waits for this
-    one alone."""
+    seen. Every program must pass here, before it writes and before it reads what kernels write: the
+    next kernel waits for this one alone. Constants may be read before: what no kernel has written
+    since the last launch without `overlap`, since several kernels may be waiting here at once."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -70,6 +71,15 @@ def _shared_layout(box: tuple[int, ...], dtype: tl.dtype) -> gl.NVMMASharedLayou
 def flat_layout() -> gl.NVMMASharedLayout:
     """Of boxes of float32 that are not swizzled."""
     return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+
+
+@triton.jit
+def prefetch_l2(address):
+    """Asks for the lines at these addresses (int64), to be in L2 when they are read."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 def num_sms(x: Tensor) -> int:

@@ -1,6 +1,6 @@
 """What drafts do to the state of the rows: how far they were right, and how the next are made.
 
-One launch each, for a step of few rows is a chain of launches.
+One launch each: what a step of few rows takes is the number of its launches.
 """
 
 import torch
@@ -76,6 +76,7 @@ def begin_drafts(
     ahead, position: [R] int32, written for `lines`: num_tokens - 2, and num_tokens
     -> hidden[last], input_ids[last]
     """
+    assert len(hidden) == len(input_ids), (hidden.shape, input_ids.shape)
     assert last.shape == lines.shape and lines.dtype == torch.int32, (last.shape, lines.dtype)
     assert last.dtype == input_ids.dtype == torch.int64, (last.dtype, input_ids.dtype)
     assert num_tokens.dtype == ahead.dtype == position.dtype == torch.int32, num_tokens.dtype

@@ -82,7 +82,7 @@ def fp8_gemm_nt_swap(
 
     x: [T, K] float8_e4m3fn, rows 16-byte aligned
     x_scale: [T, ceil(K/128)] float32, any layout (see `k_major`)
-    w: [N, K] float8_e4m3fn, rows 16-byte aligned; not written by the kernel before this one
+    w: [N, K] float8_e4m3fn, rows 16-byte aligned; constant (see `wait_previous`)
     w_scale: [ceil(N/128), ceil(K/128)] float32, rows adjacent or strided
     out: [T, N] bfloat16, rows 16-byte aligned
     plan: `choose_plan`'s if None

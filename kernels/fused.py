@@ -198,7 +198,7 @@ def joined(
     """What the MTP layer is made of: `embedding` normed by enorm, beside hidden normed by hnorm.
 
     weight: [V, N], contiguous, ids: [T] integer, all < V; hidden: [T, N] out_dtype
-    enorm, hnorm: [N] float, not written by the kernel before this one
+    enorm, hnorm: [N] float, constant (see `wait_previous`)
     -> [T, 2N] out_dtype
     """
     num_tokens, width = hidden.shape
@@ -220,7 +220,7 @@ def joined(
 
 
 @triton.jit
-def _weighted(x, weight, eps, WIDTH: tl.constexpr, dtype: tl.constexpr):
+def rms_weighted(x, weight, eps, WIDTH: tl.constexpr, dtype: tl.constexpr):
     """x: float32, zero behind WIDTH -> x / rms(x) * weight, rounded before and after it."""
     normed = (x * tl.rsqrt(tl.sum(x * x) / WIDTH + eps)).to(dtype).to(tl.float32)
     return (normed * weight.to(dtype).to(tl.float32)).to(dtype)
@@ -245,7 +245,7 @@ def _norm(
         rounded = value.to(dtype)
         tl.store(total + token * WIDTH + at, rounded, mask)
         value = rounded.to(tl.float32)
-    normed = _weighted(value, factor, eps, WIDTH, dtype)
+    normed = rms_weighted(value, factor, eps, WIDTH, dtype)
     out += token * WIDTH
     if scale is None:
         tl.store(out + at, normed, mask)
@@ -287,14 +287,14 @@ def _silu_mul(
 
 
 @triton.jit
-def _rotated(x, cos, sin, HEADS: tl.constexpr, PAIRS: tl.constexpr):
+def rotate_pairs(x, cos, sin, HEADS: tl.constexpr, PAIRS: tl.constexpr):
     """x: [HEADS, 2 * PAIRS] float32; cos, sin: [1, PAIRS]."""
     even, odd = tl.split(tl.reshape(x, (HEADS, PAIRS, 2)))
     return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (HEADS, 2 * PAIRS))
 
 
 @triton.jit
-def _angles(cos, sin, token, WIDTH: tl.constexpr, PAIRS: tl.constexpr):
+def load_angles(cos, sin, token, WIDTH: tl.constexpr, PAIRS: tl.constexpr):
     """A token's row of the tables, each [1, PAIRS]."""
     pair = tl.arange(0, PAIRS)[None, :]
     at = token * (WIDTH // 2) + pair
@@ -313,8 +313,8 @@ def _rope(
     column = tl.arange(0, 2 * PAIRS)[None, :]
     mask = (head < num_heads) & (column < WIDTH)
     value = tl.load(x + token * x_token_stride + head * x_head_stride + column, mask, 0.0)
-    cosine, sine = _angles(cos, sin, token, WIDTH, PAIRS)
-    rotated = _rotated(value.to(tl.float32), cosine, sine, HEADS, PAIRS)
+    cosine, sine = load_angles(cos, sin, token, WIDTH, PAIRS)
+    rotated = rotate_pairs(value.to(tl.float32), cosine, sine, HEADS, PAIRS)
     at = token * out_token_stride + head * out_head_stride + column
     tl.store(out + at, rotated.to(value.dtype), mask)
 
@@ -346,9 +346,9 @@ def _joined(
         wait_previous(PDL)
         row = tl.load(ids + token).to(tl.int64)
         value = tl.load(weight + row * WIDTH + at, mask, 0.0).to(dtype).to(tl.float32)
-        tl.store(out + at, _weighted(value, factor, eps, WIDTH, dtype), mask)
+        tl.store(out + at, rms_weighted(value, factor, eps, WIDTH, dtype), mask)
     else:
         factor = tl.load(hnorm + at, mask, 0.0)
         wait_previous(PDL)
         value = tl.load(hidden + token * stride + at, mask, 0.0).to(tl.float32)
-        tl.store(out + WIDTH + at, _weighted(value, factor, eps, WIDTH, dtype), mask)
+        tl.store(out + WIDTH + at, rms_weighted(value, factor, eps, WIDTH, dtype), mask)

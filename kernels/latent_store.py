@@ -13,7 +13,7 @@ from torch import Tensor, float32
 
 from . import fused, reference
 from .compat import has_fp8, overlap, runs_kernels, wait_previous
-from .fused import _angles, _rotated, _weighted
+from .fused import load_angles, rms_weighted, rotate_pairs
 from .latent import as_words, holds, is_fp8, rope_at, scale_at, value_at
 from .quant import empty_scale, store_quantized
 
@@ -23,7 +23,7 @@ for the query's 1,536 of DeepSeek-V3."""
 
 
 def store_latent(cache: Tensor, kv_latent: Tensor, k_pe: Tensor, slot_mapping: Tensor) -> None:
-    """Writes a step's latents into the paged cache.
+    """Writes latents into the paged cache; the model does so by `norm_rope_store`, tests by this.
 
     cache: of either kind that `latent.py` knows, contiguous; slots that are not named stay as they
     are; an fp8 one gets the latent with a scale for each token, and k_pe as fp16
@@ -68,7 +68,7 @@ def norm_rope_store(
     """What `rms_norm`, `apply_rope` and `store_latent` do to the output of kv_a, at once.
 
     kv_a: [T, R + P], R = weight's length; cos, sin: [T, P/2] float32, contiguous
-    weight: [R] float, not written by the kernel before this one
+    weight: [R] float, constant (see `wait_previous`)
     cache: of either kind, contiguous; slot_mapping: [T] int64
     -> kv_latent [T, R], k_pe [T, P] in kv_a's dtype, as they were before any quantisation
     """
@@ -98,7 +98,7 @@ class Store(NamedTuple):
 def norms_rope_store(q_a: Tensor, q_weight: Tensor, store: Store) -> tuple[Tensor, Tensor, Tensor]:
     """`fused.rms_norm` of q_a and `norm_rope_store`, in one launch where there are kernels.
 
-    q_a: [T, Q], q_weight: [Q] float, not written by the kernel before this one
+    q_a: [T, Q], q_weight: [Q] float, constant (see `wait_previous`)
     -> q [T, Q] in q_a's dtype, kv_latent, k_pe
     """
     check_query(q_a, q_weight, store)
@@ -225,7 +225,7 @@ def _norm_query(
     factor = tl.load(weight + at, mask, 0.0)
     wait_previous(PDL)
     value = tl.load(x + at, mask, 0.0).to(tl.float32)
-    normed = _weighted(value, factor, eps, WIDTH, dtype)
+    normed = rms_weighted(value, factor, eps, WIDTH, dtype)
     if scale is None:
         tl.store(out + at, normed, mask)
     else:
@@ -259,13 +259,13 @@ def _norm_rope_store(
         factor = tl.load(weight + at, mask, 0.0)  # no kernel writes it: it may come early
         wait_previous(PDL)
         latent = tl.load(kv_a + token * stride + at, mask, 0.0).to(tl.float32)
-        latent = _weighted(latent, factor, eps, RANK, dtype)
+        latent = rms_weighted(latent, factor, eps, RANK, dtype)
         tl.store(kv_latent + token * RANK + at, latent, mask)
         column = tl.arange(0, 2 * PAIRS)[None, :]
         inside = column < ROPE
         value = tl.load(kv_a + token * stride + RANK + column, inside, 0.0).to(tl.float32)
-        cosine, sine = _angles(cos, sin, token, ROPE, PAIRS)
-        rotated = _rotated(value, cosine, sine, 1, PAIRS).to(dtype)
+        cosine, sine = load_angles(cos, sin, token, ROPE, PAIRS)
+        rotated = rotate_pairs(value, cosine, sine, 1, PAIRS).to(dtype)
         tl.store(k_pe + token * ROPE + column, rotated, inside)
         index = tl.load(slot_mapping + token)
         _store_entry(

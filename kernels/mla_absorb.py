@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor, float32
 
 from . import reference
-from .compat import has_fp8, overlap, runs_kernels, wait_previous
-from .fused import _rotated
+from .compat import has_fp8, overlap, prefetch_l2, runs_kernels, wait_previous
+from .fused import rotate_pairs
 from .quant import block_scale, divided, empty_scale, quantize_1x128
 
 MAX_TOKENS = 64
@@ -29,7 +29,7 @@ def absorb(q: Tensor, w_uk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Queries over latents.
 
     q: [T, H, N + P], unit stride in the last dimension
-    w_uk: [H, N, R] in q's dtype, unit stride in R; not written by the kernel before this one
+    w_uk: [H, N, R] in q's dtype, unit stride in R; constant (see `wait_previous`)
     cos, sin: [T, P/2] float32, contiguous
     -> [T, H, R + P] in q's dtype: q[..., :N] @ w_uk, and q[..., N:] rotated
     """
@@ -38,7 +38,7 @@ def absorb(q: Tensor, w_uk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     rope = width - nope
     assert w_uk.shape[0] == heads and w_uk.dtype == q.dtype, (q.shape, w_uk.shape, w_uk.dtype)
     assert cos.dtype == float32 and cos.shape == sin.shape == (num_tokens, rope // 2), cos.shape
-    if not runs_kernels(q):
+    if not (runs_kernels(q) and suits(q)):
         return reference.absorb(q, w_uk, cos, sin)
     assert q.stride(2) == w_uk.stride(2) == 1, (q.stride(), w_uk.stride())
     assert cos.is_contiguous() and sin.is_contiguous(), (cos.stride(), sin.stride())
@@ -57,11 +57,11 @@ def absorb(q: Tensor, w_uk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def expand(latent: Tensor, w_uv: Tensor) -> Tensor:
     """Values of heads.
 
-    latent: [T, H, R], contiguous (GPU); w_uv: [H, R, V] in its dtype, unit stride in R; not written
-    by the kernel before this one -> [T, H, V] in latent's dtype
+    latent: [T, H, R], contiguous (GPU); w_uv: [H, R, V] in its dtype, unit stride in R; constant
+    (see `wait_previous`) -> [T, H, V] in latent's dtype
     """
     check_values(latent, w_uv)
-    if not runs_kernels(latent):
+    if not (runs_kernels(latent) and suits(latent)):
         return reference.expand(latent, w_uv)
     return _launch_expand(latent, w_uv, None, False)
 
@@ -74,7 +74,7 @@ def expand_quant(
     check_values(latent, w_uv)
     width = w_uv.shape[0] * w_uv.shape[2]
     assert w_uv.shape[2] % reference.BLOCK == 0, w_uv.shape
-    if not (runs_kernels(latent) and has_fp8(latent)):
+    if not (runs_kernels(latent) and suits(latent) and has_fp8(latent)):
         return quantize_1x128(expand(latent, w_uv).flatten(1), ue8m0, scale_k_major)
     scale = empty_scale(latent, width, scale_k_major)
     return _launch_expand(latent, w_uv, scale, ue8m0).flatten(1), scale
@@ -101,6 +101,11 @@ def _launch_expand(latent: Tensor, w_uv: Tensor, scale: Tensor | None, ue8m0: bo
         **overlap(latent)
     )  # fmt: skip
     return out
+
+
+def suits(x: Tensor) -> bool:
+    """Tiles of float32 would need twice the registers and shared memory; the library takes it."""
+    return x.dtype != float32
 
 
 def tile_of(num_tokens: int) -> int:
@@ -130,7 +135,7 @@ def _absorb(
         weight = tl.load(w + head * w_head + k[:, None] * w_row + column, inside, 0.0)
         wait_previous(PDL)
         nope = tl.load(q + k[None, :], live & (k[None, :] < NOPE), 0.0)
-        absorbed = tl.dot(nope, weight, input_precision="ieee")
+        absorbed = tl.dot(nope, weight)
         tl.store(out + column, absorbed.to(out.dtype.element_ty), live & (column < RANK))
     else:
         wait_previous(PDL)
@@ -140,17 +145,8 @@ def _absorb(
         sine = tl.load(sin + token * (ROPE // 2) + pair, known, 0.0)
         at = tl.arange(0, 2 * PAIRS)[None, :]
         rope = tl.load(q + NOPE + at, live & (at < ROPE), 0.0).to(tl.float32)
-        rotated = _rotated(rope, cosine, sine, TOKENS, PAIRS)
+        rotated = rotate_pairs(rope, cosine, sine, TOKENS, PAIRS)
         tl.store(out + RANK + at, rotated.to(out.dtype.element_ty), live & (at < ROPE))
-
-
-@triton.jit
-def _fetch(address):
-    """Asks for the lines at these addresses, to be in L2 when they are read."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32,
-        is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @triton.jit(
@@ -172,7 +168,7 @@ def _expand(
         lines = tl.arange(0, 8)[:, None] * 64
         for first in tl.static_range(0, RANK, 512):
             line = tl.where(real & (lines + first < RANK), w + lines + first, w)
-            _fetch(line.to(tl.int64, bitcast=True))
+            prefetch_l2(line.to(tl.int64, bitcast=True))
     wait_previous(PDL)
     latent += (token * heads + head) * RANK
     acc = tl.zeros((TOKENS, COLUMNS), tl.float32)
@@ -180,7 +176,7 @@ def _expand(
         k = first + tl.arange(0, DEPTH)
         x = tl.load(latent + k[None, :], live & (k[None, :] < RANK), 0.0)
         weight = tl.load(w + k[:, None], (k[:, None] < RANK) & real, 0.0)
-        acc = tl.dot(x, weight, acc, input_precision="ieee")
+        acc = tl.dot(x, weight, acc)
     value = acc.to(latent.dtype.element_ty)
     out += (token * heads + head) * VALUE + column[None, :]
     if scale is None:

@@ -14,7 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .compat import tma_load
+from .compat import describe_box, tma_load
 from .latent import as_words, fp8_entry_bytes
 from .mla_dot_fp8 import QUERY_SCALE
 
@@ -146,11 +146,10 @@ def biased_scores(s, scales, place, scale_log2, TOKENS: gl.constexpr):
 def describe_rope(cache: Tensor) -> TensorDescriptor:
     """TMA box of a block's rope parts [64, 64]."""
     _, halves, _ = as_words(cache)
-    layout = gl.NVMMASharedLayout.get_default_for([64, 64], gl.float16)
-    return TensorDescriptor.from_tensor(halves.view(-1, 64), [64, 64], layout)
+    return describe_box(halves.view(-1, 64), (64, 64), gl.float16)
 
 
 def describe(x: Tensor, box: list[int]) -> TensorDescriptor:
     """TMA box of a result in bf16 or float32."""
     dtype = gl.float32 if x.dtype == torch.float32 else gl.bfloat16
-    return TensorDescriptor.from_tensor(x, box, gl.NVMMASharedLayout.get_default_for(box, dtype))
+    return describe_box(x, tuple(box), dtype)

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .compat import LOW_REGISTERS, barrier, tma_load, tma_store
+from .compat import LOW_REGISTERS, barrier, describe_box, tma_load, tma_store
 from .mla_schedule import Schedule, Tiling
 
 HEADS = (16, 32)
@@ -203,9 +203,7 @@ def plan(
 
     def desc(x: Tensor, box: list[int]) -> TensorDescriptor:
         dtype = gl.float32 if x.dtype == torch.float32 else gl.bfloat16
-        return TensorDescriptor.from_tensor(
-            x, box, gl.NVMMASharedLayout.get_default_for(box, dtype)
-        )
+        return describe_box(x, tuple(box), dtype)
 
     args = {
         "qn_desc": desc(rows, [n, 512]), "qr_desc": desc(rows, [n, 64]),

@@ -68,6 +68,8 @@ def dispatch(
     """
     groups, bm = -(-q.shape[1] // reference.BLOCK), swap_tokens(expected)
     assert scale.shape == (q.shape[0], groups) and len(topk_ids) == len(q), (q.shape, scale.shape)
+    assert q.dtype == torch.float8_e4m3fn and scale.dtype == torch.float32, (q.dtype, scale.dtype)
+    assert topk_ids.dim() == 2 and topk_ids.dtype == torch.int64, (topk_ids.shape, topk_ids.dtype)
     if not runs_kernels(q):
         rows, tiled, place, *tiles = reference.dispatch(
             q, scale, topk_ids, n_experts, first_expert, bm
@@ -98,6 +100,18 @@ def dispatch_shape(num_pairs: int) -> tuple[int, int, int]:
     """Pairs that a program has room for, columns that it copies, and its warps."""
     pairs = min(most for most in SHAPES if num_pairs <= most)
     return pairs, *SHAPES[pairs]
+
+
+def warm_up_tokens(top_k: int, n_routed: int, most: int) -> list[int]:
+    """A few numbers of tokens with which dispatched rows use every kernel that they use with 1 ...
+    most tokens: after them, none is compiled."""
+    met, counts = set(), []
+    for m in range(1, min(most, MAX_PAIRS // top_k) + 1):
+        kind = dispatch_shape(m * top_k), swap_tokens(m * top_k / n_routed)
+        if kind not in met:
+            met.add(kind)
+            counts.append(m)
+    return counts
 
 
 def expert_bins(n_experts: int) -> int:

@@ -10,8 +10,7 @@ import triton.language as tl
 from torch import Tensor, bfloat16, float32
 
 from . import gemm, reference
-from .compat import overlap, runs_kernels, wait_previous
-from .mla_absorb import _fetch
+from .compat import overlap, prefetch_l2, runs_kernels, wait_previous
 
 MAX_TOKENS = 64
 """With more, or operands other than bf16, the library multiplies."""
@@ -33,8 +32,8 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """`moe_gate` of the logits x @ weight^T, which are float32 whatever x is.
 
-    x: [T, K] float, weight: [E, K] in x's dtype, contiguous; like bias not written by the kernel
-    before this one
+    x: [T, K] float, weight: [E, K] in x's dtype, contiguous, and like bias
+    constant (see `wait_previous`)
     """
     if runs_kernels(x) and len(x) <= MAX_TOKENS and x.dtype == weight.dtype == bfloat16:
         logits = partial_logits(x, weight)
@@ -72,7 +71,7 @@ def moe_gate(
     """Sigmoid gate with correction bias and group-limited top-k; ties go to the lowest index.
 
     logits: [T, E] float32, contiguous (GPU); or [T, S, E], of which a token's S are added in order
-    bias: [E] float, added for the choice alone; not written by the kernel before this one
+    bias: [E] float, added for the choice alone; constant (see `wait_previous`)
     -> topk_ids [T, top_k] int64, best first, topk_weights [T, top_k] float32
     """
     assert logits.dtype == float32 and logits.shape[-1:] == bias.shape, (logits.shape, bias.shape)
@@ -110,7 +109,7 @@ def _partial_logits(
     if PDL and K % 64 == 0:  # all lines of 128 bytes at once: the loads below take turns
         line = tl.program_id(1) * PIECE + tl.arange(0, PIECE // 64)[:, None] * 64
         line = tl.where((expert < EXPERTS) & (line < K), weight + expert * K + line, weight)
-        _fetch(line.to(tl.int64, bitcast=True))
+        prefetch_l2(line.to(tl.int64, bitcast=True))
     part = tl.load(weight + expert * K + k[:, None], known, 0.0)
     wait_previous(PDL)
     token = (tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None]

@@ -138,8 +138,10 @@ def grouped_fp8_gemm_nt_tiled(
     assert x.shape == (out.shape[0], k) and out.shape[1] == n, (x.shape, w.shape, out.shape)
     assert x_scale.shape == (w_scale.shape[2], (len(tiles.table) - 1) * tiles.bm), x_scale.shape
     assert w.is_contiguous() and w_scale.is_contiguous(), (w.stride(), w_scale.stride())
+    assert x.dtype == w.dtype == torch.float8_e4m3fn and x_scale.dtype == torch.float32, x.dtype
     if not runs_kernels(x):
         return by_item(x, x_scale, w, w_scale, tiles, out)
+    assert tma_ready(x) and tma_ready(w) and tma_ready(out), (x.stride(), out.stride())
     return launch_tiles(x, x_scale, w, w_scale, tiles.table, tiles.bm, out) if len(out) else out
 
 

@@ -2,7 +2,8 @@
 
 A step of n rows replays a graph of at least n lines; the lines behind are the null row's. Steps
 that verify or make other numbers of drafts have graphs of their own. All graphs share one memory
-pool, and are captured from the largest down, so that together they take what the largest takes.
+pool, and are captured from the largest down, so that together they take about what the largest
+takes.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .batch import Sampled
+from .beside import end_fork
 
 Drafts = tuple[int, int]
 """How many a step verifies, and how many it makes for the next one."""
@@ -47,7 +49,11 @@ class DecodeGraphs:
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=stream):
-                sampled = self._decode(*key)
+                try:
+                    sampled = self._decode(*key)
+                except BaseException:
+                    end_fork(self._device)
+                    raise
             self._graphs[key] = graph, sampled
 
     def drop(self) -> None:

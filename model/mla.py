@@ -19,15 +19,11 @@ from ..kernels.compat import has_wgmma
 from ..kernels.mla_schedule import Schedule
 from ..kernels.step import Inputs
 from .batch import Context, ForwardBatch, Prefills
-from .beside import beside
+from .beside import beside, nothing
 from .config import FP8_BLOCK, ModelConfig
 from .layers import Arithmetic, Linear, Quantized
 
 LazySchedule = Callable[[], Schedule | None]
-
-
-def _no_schedule() -> None:
-    return None
 
 
 class MLA:
@@ -65,7 +61,7 @@ class MLA:
         """How decode shares its work out: the same for every layer of a pass. On the second stream:
         it is short of nothing but time, and the first attention is kernels away."""
         if not (batch.num_decodes and cache.is_cuda):
-            return _no_schedule
+            return nothing
         config = self.config
         shape = (batch.num_decode_tokens, self.heads, config.latent_dim)
         q = torch.empty(shape, dtype=self.w_uk.dtype, device=cache.device)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..kernels import moe_dispatch, moe_gate, moe_route
 from ..kernels.moe_items import Tables
-from .beside import beside
+from .beside import beside, nothing
 from .config import ModelConfig
 from .exchange import LocalCopies
 from .layers import MLP, Arithmetic, Linear, Quantized, gather_rows, silu_mul
@@ -15,10 +15,6 @@ from .parallel import WHOLE, Layout
 
 BESIDE_TOKENS = 256
 """Up to so many the shared expert is computed on the second stream."""
-
-
-def _nothing() -> None:
-    return None
 
 
 class MoE:
@@ -59,7 +55,7 @@ class MoE:
         gather = self.exchange.gather
         topk_ids, topk_weights = gather(topk_ids), gather(topk_weights)
         x = self.exchange.gather_rows(x)
-        routed = self.exchange.scatter_sum(self.routed(x, topk_ids, topk_weights, _nothing))
+        routed = self.exchange.scatter_sum(self.routed(x, topk_ids, topk_weights, nothing))
         own = shared()
         return routed if own is None else routed + own
 
@@ -67,7 +63,7 @@ class MoE:
         """The shared expert's part, for whoever calls for it. Of few tokens it is computed beside
         the routed experts: until those read their weights the GPU is nearly idle."""
         if self.shared is None:
-            return _nothing
+            return nothing
         if plain.is_cuda and len(plain) <= BESIDE_TOKENS:
             return beside(partial(self.shared, x), plain.device)
         part = self.shared(x)

@@ -7,7 +7,7 @@ The null row's block table is the null block throughout: what these passes compu
 from collections.abc import Callable
 
 from ..ipc.messages import Chunk, Sampling, Step, pack_int32
-from ..kernels import gemm
+from ..kernels import gemm, moe_dispatch
 from ..kernels.compat import num_sms
 from .chunks import CONTEXT_TOKENS
 from .graphs import drafts_of
@@ -28,6 +28,12 @@ class Rehearsal:
         self._max_num_tokens = max_num_tokens
         self._max_seq_len = max_seq_len
         self._longest = min(max_num_tokens, max_seq_len)
+
+    def _dispatched_sizes(self) -> list[int]:
+        config, layout = self._runner.model.config, self._runner.model.layout
+        ranks = layout.tp_size if layout.attention_dp else 1
+        top_k = config.num_experts_per_tok * ranks  # pairs of a rank's own token
+        return moe_dispatch.warm_up_tokens(top_k, config.n_routed_experts, self._longest)
 
     def largest_passes(self) -> None:
         """What takes the most memory: a prompt as long as a step allows, behind a cached prefix,
@@ -63,6 +69,7 @@ class Rehearsal:
         if rows.device.type == "cuda":
             sms = num_sms(rows.words)
             sizes |= set(gemm.warm_up_tokens(self._runner.maps(), self._longest, sms))
+            sizes |= set(self._dispatched_sizes())
         for done, size in enumerate(sorted(sizes)):
             report(done, len(sizes))
             cached = min(CONTEXT_TOKENS, self._max_seq_len - size, 1000)

@@ -384,6 +384,8 @@ def bench(directory: Path, device: torch.device, **given: Any) -> None:
     )
     options = {key: given[key] for key in ENGINE_OPTIONS}
     options |= {"steps": steps, "device": device.type}
+    if given["same_experts"] and (layout.attention_dp or layout.ep_size > 1):
+        raise click.UsageError("--same-experts: one rank would hold them all; not with EP")
     if given["few_graphs"]:
         options["cuda_graph_batch_sizes"] = tuple(sorted({point.batch for point in wanted}))
     bandwidth = read_bandwidth(device)

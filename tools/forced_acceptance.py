@@ -91,8 +91,10 @@ def share_experts(runner: Runner) -> None:
         if isinstance(moe := layer.mlp, MoE):
             config = moe.config
             groups = moe.gate_bias.zero_().view(config.n_group, -1)
-            each = -(-config.num_experts_per_tok // config.topk_group)
-            groups[: config.topk_group, :each] = OUTWEIGHS
+            for i in range(config.num_experts_per_tok):
+                groups[i % config.topk_group, i // config.topk_group] = OUTWEIGHS
+    if runner.device.type == "cuda":
+        torch.cuda.synchronize()  # kernels read constants early
 
 
 def force(runner: Runner, length: float) -> None:

@@ -43,3 +43,18 @@ def test_too_many_rows_or_another_card_are_not_dispatched(monkeypatch: pytest.Mo
     assert not moe_dispatch.dispatches(moe_dispatch.MAX_PAIRS + 1, 1.0, torch.bfloat16, w)
     assert not moe_dispatch.dispatches(8, 1.0, torch.bfloat16, w, w[:, :250])
     assert not moe_dispatch.dispatches(8, 1.0, torch.bfloat16, w, w[:, :, 1:])
+
+
+@pytest.mark.parametrize(("top_k", "routed"), [(8, 256), (6, 160), (6, 64), (8 * 32, 256), (1, 4)])
+def test_after_the_warm_up_no_number_of_tokens_needs_another_kernel(
+    top_k: int, routed: int
+) -> None:
+    def kind(m: int) -> object:
+        pairs = m * top_k
+        return moe_dispatch.dispatch_shape(pairs), moe_gemm.swap_tokens(pairs / routed)
+
+    most = moe_dispatch.MAX_PAIRS // top_k
+    warm = moe_dispatch.warm_up_tokens(top_k, routed, 8192)
+    assert len(warm) <= 9 and max(warm) <= most
+    assert {kind(m) for m in range(1, most + 1)} == {kind(m) for m in warm}
+    assert moe_dispatch.warm_up_tokens(top_k, routed, 1) == [1]
