@@ -1,11 +1,15 @@
-"""The same greedy prompts on the CPU and on a GPU: where do tokens differ, and how close was it?
+"""The same greedy prompts on the CPU and on a GPU, or without and with drafts: where do tokens
+differ, and how close was it?
 
-    python -m dsd.tools.compare_devices DIR --prompts 64 --max-tokens 64
+    python -m dsd.tools.compare_devices DIR --prompts 64 --max-tokens 64 [--drafts 3]
 
 By default the activations are quantised 1x128 before fp8 weights on both, so the CPU computes what
 the GPU does up to the order of summation; `--dtype float32 --act-quant none` leaves nothing but
 that order. A first difference counts as harmless where the two best logits
 of the CPU are closer than 0.05; after it the answers go their own ways and are not compared.
+
+With `--drafts N` both are on one device, the GPU if there is one. Drafts change no token, but a
+step that verifies them multiplies more rows at once, and other kernels may sum in another order.
 """
 
 import random
@@ -31,13 +35,13 @@ class Comparison(NamedTuple):
     tokens: int
     """Compared ones."""
     margins: list[float]
-    """Between the CPU's two best logits at each first difference."""
+    """Between the two best logits of what is expected at each first difference."""
 
 
-def compare(cpu: list[Answer], gpu: list[Answer]) -> Comparison:
+def compare(wanted: list[Answer], got: list[Answer]) -> Comparison:
     """First differences and their margins."""
     margins, tokens = [], 0
-    for expected, found in zip(cpu, gpu, strict=True):
+    for expected, found in zip(wanted, got, strict=True):
         pairs = list(zip(expected.token_ids, found.token_ids, strict=False))
         first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
         tokens += len(pairs) if first is None else first + 1
@@ -45,7 +49,9 @@ def compare(cpu: list[Answer], gpu: list[Answer]) -> Comparison:
             best, second = expected.logprobs[first].top[:2]
             margins.append(best[1] - second[1])
     harmless = sum(margin < HARMLESS for margin in margins)
-    return Comparison(len(cpu) - len(margins), harmless, len(margins) - harmless, tokens, margins)
+    return Comparison(
+        len(wanted) - len(margins), harmless, len(margins) - harmless, tokens, margins
+    )
 
 
 def random_prompts(count: int, vocab_size: int, seed: int = 5) -> list[list[int]]:
@@ -60,22 +66,33 @@ def random_prompts(count: int, vocab_size: int, seed: int = 5) -> list[list[int]
 @click.option("--max-tokens", default=64, show_default=True)
 @click.option("--dtype", default="auto", show_default=True)
 @click.option("--act-quant", default="fp8", show_default=True)
-def main(directory: Path, count: int, max_tokens: int, dtype: str, act_quant: str) -> None:
-    """Compare the CPU's and the GPU's greedy answers."""
-    if not torch.cuda.is_available():
-        raise click.ClickException("compare_devices needs a GPU")
-    answers = {}
-    for device in ("cuda", "cpu"):
-        engine = LocalEngine(directory, device, dtype, act_quant, max_batch_size=32)
+@click.option("--drafts", default=0, help="Compare with so many drafts a step, not the devices.")
+def main(
+    directory: Path, count: int, max_tokens: int, dtype: str, act_quant: str, drafts: int
+) -> None:
+    """Compare greedy answers: the CPU's and the GPU's, or those without and with drafts."""
+    has_gpu = torch.cuda.is_available()
+    if not (has_gpu or drafts):
+        raise click.ClickException("compare_devices needs a GPU, or --drafts")
+    device = "cuda" if has_gpu else "cpu"
+    sides = [("without drafts", device, 0), ("with drafts", device, drafts)]
+    if not drafts:
+        sides = [("cpu", "cpu", 0), ("cuda", "cuda", 0)]
+    answers = []
+    for name, where, num_nextn in sides:
+        engine = LocalEngine(
+            directory, where, dtype, act_quant, max_batch_size=32, num_nextn=num_nextn
+        )
         prompts = random_prompts(count, engine.ready.vocab_size)
         started = time.monotonic()
-        answers[device] = engine.generate(prompts, max_tokens, frozenset(), WITH_MARGINS)
+        answers.append(engine.generate(prompts, max_tokens, frozenset(), WITH_MARGINS))
         seconds = time.monotonic() - started
-        tokens = sum(len(answer.token_ids) for answer in answers[device])
-        click.echo(f"{device}: {tokens} tokens, {engine.num_steps} steps, {seconds:.1f} s")
+        tokens = sum(len(answer.token_ids) for answer in answers[-1])
+        click.echo(f"{name}: {tokens} tokens, {engine.num_steps} steps, {seconds:.1f} s")
         del engine
-        torch.cuda.empty_cache()
-    found = compare(answers["cpu"], answers["cuda"])
+        if has_gpu:
+            torch.cuda.empty_cache()
+    found = compare(*answers)
     margins = ", ".join(f"{margin:.3f}" for margin in sorted(found.margins)[-8:])
     click.echo(
         f"{found.same} of {count} answers the same; first differences: {found.harmless} harmless, "
