@@ -20,26 +20,15 @@ ROWS = 32
 """Tokens of a block of threads, at most."""
 
 
-def route(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    n_group: int,
-    topk_group: int,
-    top_k: int,
-    norm_topk_prob: bool,
-    routed_scaling_factor: float,
-) -> tuple[Tensor, Tensor]:
-    """`moe_gate` of the logits x @ weight^T, which are float32 whatever x is.
+def gate_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """What `moe_gate` takes: float32 whatever x is, as published.
 
-    x: [T, K] float, weight: [E, K] in x's dtype, contiguous, and like bias
-    constant (see `wait_previous`)
+    x: [T, K] float; weight: [E, K] in x's dtype, contiguous, constant (see `wait_previous`)
+    -> x @ weight^T [T, E] float32, or `partial_logits`
     """
     if runs_kernels(x) and len(x) <= MAX_TOKENS and x.dtype == weight.dtype == bfloat16:
-        logits = partial_logits(x, weight)
-    else:
-        logits = gemm.linear_float32(x, weight)
-    return moe_gate(logits, bias, n_group, topk_group, top_k, norm_topk_prob, routed_scaling_factor)
+        return partial_logits(x, weight)
+    return gemm.linear_float32(x, weight)
 
 
 def partial_logits(x: Tensor, weight: Tensor) -> Tensor:

@@ -114,9 +114,8 @@ class MoE:
         config = self.config
         if self.gate_weight.dtype != x.dtype:
             x = x.to(self.gate_weight.dtype)
-        return moe_gate.route(
-            x,
-            self.gate_weight,
+        return moe_gate.moe_gate(
+            moe_gate.gate_logits(x, self.gate_weight),
             self.gate_bias,
             config.n_group,
             config.topk_group,

@@ -258,20 +258,20 @@ def test_route_equals_the_gate_of_the_logits(
     weight = behind[:n_experts].copy_(rand(n_experts, width) * 0.02)
     logits = (x.double() @ weight.double().t()).float()
     close(moe_gate.partial_logits(x, weight).sum(1), logits, "float32")
-    ids, weights = moe_gate.route(x, weight, bias, *groups, True, 2.5)
+    ids, weights = moe_gate.moe_gate(moe_gate.gate_logits(x, weight), bias, *groups, True, 2.5)
     want_ids, want_weights = reference.moe_gate(logits, bias, *groups, True, 2.5)
     worth = logits.sigmoid() + bias
     close(worth.gather(1, ids), worth.gather(1, want_ids), "float32")
     close(weights, want_weights, "float32")
-    again = moe_gate.route(x, weight, bias, *groups, True, 2.5)
+    again = moe_gate.moe_gate(moe_gate.gate_logits(x, weight), bias, *groups, True, 2.5)
     assert torch.equal(ids, again[0]) and torch.equal(weights, again[1])
 
 
 def test_route_does_not_depend_on_the_other_tokens() -> None:
     x, weight, bias = rand(64, HIDDEN), rand(256, HIDDEN) * 0.02, rand(256, dtype=F32) * 0.1
-    whole = moe_gate.route(x, weight, bias, 8, 4, 8, True, 2.5)
+    whole = moe_gate.moe_gate(moe_gate.gate_logits(x, weight), bias, 8, 4, 8, True, 2.5)
     for span in (slice(3, 4), slice(10, 40)):
-        few = moe_gate.route(x[span], weight, bias, 8, 4, 8, True, 2.5)
+        few = moe_gate.moe_gate(moe_gate.gate_logits(x[span], weight), bias, 8, 4, 8, True, 2.5)
         assert torch.equal(few[0], whole[0][span]) and torch.equal(few[1], whole[1][span])
 
 
@@ -360,7 +360,7 @@ def graph_ops() -> dict[str, tuple[Op, Callable[[], tuple[Tensor, ...]]]]:
         return ids, weights, order, offsets, moe_route.combine_experts(rows, place, weights)
 
     def route_few(x: Tensor) -> tuple[Tensor, ...]:
-        return moe_gate.route(x, gate_weight, bias, 8, 4, 8, True, 2.5)
+        return moe_gate.moe_gate(moe_gate.gate_logits(x, gate_weight), bias, 8, 4, 8, True, 2.5)
 
     def angles() -> tuple[Tensor, Tensor]:
         return torch.rand(16, 32, device="cuda"), torch.rand(16, 32, device="cuda")

@@ -91,9 +91,11 @@ def route_case(m: int) -> BenchCase:
     def build(sets: int) -> Run:
         bias, x = torch.zeros(EXPERTS, device="cuda"), rand(m, HIDDEN)
         weights = [rand(EXPERTS, HIDDEN) for _ in range(sets)]
-        return lambda i: moe_gate.route(x, weights[i], bias, 8, 4, TOP_K, True, 2.5)
+        return lambda i: moe_gate.moe_gate(
+            moe_gate.gate_logits(x, weights[i]), bias, 8, 4, TOP_K, True, 2.5
+        )
 
-    return case(f"moe_gate.route m={m}", 2 * HIDDEN * (EXPERTS + m) + m * TOP_K * 12, build)
+    return case(f"gate_logits, moe_gate m={m}", 2 * HIDDEN * (EXPERTS + m) + m * TOP_K * 12, build)
 
 
 def permute_case(m: int) -> BenchCase:
